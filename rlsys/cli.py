@@ -20,7 +20,14 @@ from rlsys.infer_options import add_infer_options
 from rlsys.interrupts import Stopped
 from rlsys.problems import RunFailed
 
-_EXAMPLES = {"sft": "examples/sft/smollm2.yaml"}
+_MODULE_NAMES = str.maketrans(" -", "__")
+"""What a command's name is in the name of its file."""
+_EXAMPLES = {
+    "sft": "examples/sft/smollm2.yaml",
+    "preference": "examples/preference/demo.yaml",
+    "reward-model": "examples/reward_model/reward_model.yaml",
+    "distill": "examples/distillation/demo.yaml",
+}
 _EXAMPLE = "examples/countdown/demo.yaml"
 """A CONFIG for `_EXAMPLES`' command, and one for all others."""
 _CONFIG_HELP = """
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        module = import_module(f"rlsys.commands.{args.command.replace(' ', '_')}")
+        module = import_module(f"rlsys.commands.{args.command.translate(_MODULE_NAMES)}")
         result = module.main(args)
         if isinstance(result, bool) or result is None:
             return FAILED if result is False else DONE
@@ -153,6 +160,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sft(parser: argparse.ArgumentParser) -> None:
     _config(parser, example="--data.max_length 4096")
+
+
+def _preference(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--preference.loss_type ipo")
+
+
+def _reward_model(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--data.max_length 2048")
+
+
+def _distill(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--distill.beta 0.1")
 
 
 def _config(
@@ -321,6 +340,9 @@ GROUPS = {
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
     "sft": ("supervised fine-tuning, or continued pre-training", _sft),
+    "preference": ("train on pairs of answers, or on labelled ones: DPO, KTO, ...", _preference),
+    "reward-model": ("train a score head: reward models, classifiers, regression", _reward_model),
+    "distill": ("train a student on what a teacher says of each token (GKD)", _distill),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": (
         "chat with a model or a run, complete a file of prompts, or serve it",

@@ -1,24 +1,36 @@
-"""THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates."""
+"""THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates.
+
+Preference training takes, asks the reference, and updates; distillation asks the teacher.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_sample_batch, build_train_batch
 from rlsys.algo.evaluation import prediction_metrics
-from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
+from rlsys.algo.preferences import HeldOut, build_preference_batch, held_out_metrics
+from rlsys.algo.rollout_metrics import length_metrics, logged_metrics, rollout_metrics
+from rlsys.algo.scores import build_score_batch, score_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
-    from rlsys.system import SftSystem, System
+    from rlsys.system import SftSystem, StreamSystem, System
+    from rlsys.systems.distill import DistillSystem
+    from rlsys.systems.preference import PreferenceSystem
+    from rlsys.systems.score import ScoreSystem
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.health import Health
-    from rlsys.types import RolloutGroup, TrainBatch
+    from rlsys.types import RolloutGroup, Sample, TrainBatch, UpdateOutput
 
 EVAL_STEPS_AT_ONCE = 8
 """Held-out rows that travel together, in steps: fewer trips to the ranks."""
@@ -33,7 +45,7 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: He
         health: looks at the metrics of each step and evaluation, and warns of problems.
     """
     config, rollouts, policy = system.config, system.rollouts, system.policy
-    reference, publisher = system.reference, system.publisher
+    reference, teacher, publisher = system.reference, system.teacher, system.publisher
     grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
@@ -46,6 +58,9 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: He
         if reference is not None:
             with timer("ref_logprobs"):  # the frozen model's log-probs, for the KL
                 batch.ref_logprobs, _ = reference.compute_logprobs(batch)
+        if teacher is not None:
+            with timer("teacher_logprobs"):  # of the tokens that the policy sampled
+                batch.teacher_logprobs, _ = teacher.compute_logprobs(batch)
         if grpo.old_logprobs == "rollout":
             batch.old_logprobs = batch.rollout_logprobs
         elif config.recompute_old_logprobs:
@@ -93,19 +108,9 @@ def train_sft(
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):
                 update = policy.update(batch)
-            seconds = timer.metrics()
-            num_tokens = batch.lengths.sum().item()
-            system.finish_step(num_tokens)
-            own = {
-                "policy_version": update.policy_version,
-                "epoch": samples.epoch,
-                "num_tokens": system.num_tokens,
-                "tokens_per_second": num_tokens / seconds["time/step"],
-                "memory(GiB)": policy.peak_memory_gib(),
-            }
-            reported = update.metrics | samples.metrics() | system.restarts.metrics()
+            metrics = _finish_step(system, batch, update, timer)
             with timer("log"):
-                log(tracker, health, step, reported | own | seconds)
+                log(tracker, health, step, metrics)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_sft(system))
@@ -113,19 +118,187 @@ def train_sft(
             checkpoints.after_step(step)
 
 
-def evaluate_sft(system: SftSystem) -> Metrics:
-    """Loss, perplexity and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
+def train_preference(
+    system: PreferenceSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Run preference training from the policy's version to config.num_steps; as `train`."""
+    config, samples, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_preference(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            rows = samples.take(config.rows_per_step)
+            batch = build_preference_batch(rows)
+        if config.preference.has_reference:
+            with timer("ref_logprobs"):  # what the loss compares the policy with
+                system.compare(rows, batch)
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer)
+            if batch.kl is not None:
+                metrics["kl"] = batch.kl.item()
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_preference(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
+def train_distill(
+    system: DistillSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Run distillation from the policy's version to config.num_steps; as `train`."""
+    config, samples, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_distill(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            rows = samples.take(config.rows_per_step)
+            batch = build_sample_batch(rows)
+        of_rollout: dict[str, float] = {}
+        if system.student is not None and system.student.has_step(step):
+            with timer("weight_sync"):  # the engines hold policy.policy_version from here on
+                of_rollout = system.publish()
+            with timer("rollout"):  # the student answers the samples' prompts itself
+                groups = system.student.sample(step, rows)
+                batch = build_train_batch(groups)
+            of_rollout |= length_metrics(groups)
+        with timer("teacher"):  # its distributions at the tokens that are trained on
+            batch.teacher = system.teacher.describe_tokens(batch)
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer) | of_rollout
+            metrics["on_policy"] = float(bool(of_rollout))
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_distill(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
+def evaluate_preference(system: PreferenceSystem) -> Metrics:
+    """Loss, rewards and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
+    metrics: dict[str, float] = {}
+    for name, held_out in system.held_out_sets.items():
+        parts = []
+        for rows, batch in system.parts(held_out):
+            system.compare(rows, batch, of=f"eval/{name}")
+            parts.append(HeldOut(batch, system.policy.compute_logprobs(batch)[0]))
+        prefix = f"eval/{name}/" if name else "eval/"
+        found = held_out_metrics(parts, system.config.algorithm)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def train_score(
+    system: ScoreSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Train a score head from the policy's version to config.num_steps; as `train`."""
+    config, rows, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_score(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            batch = build_score_batch(rows.take(config.rows_per_step))
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer)
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_score(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
+def evaluate_score(system: ScoreSystem) -> Metrics:
+    """Loss, accuracy and rewards of each held-out set, as eval/loss or eval/NAME/loss."""
     metrics: dict[str, float] = {}
     config, size = system.config, EVAL_STEPS_AT_ONCE * system.config.rows_per_step
     for name, held_out in system.held_out_sets.items():
+        scored = []
+        for i in range(0, len(held_out), size):
+            rows = held_out[i : i + size]
+            batch = build_score_batch(rows, at_least=config.data_parallel_size)
+            count = len(rows) * config.rows_together  # rows that have no text follow
+            assert batch.labels is not None
+            scored.append((system.policy.compute_scores(batch)[:count], batch.labels[:count]))
+        prefix = f"eval/{name}/" if name else "eval/"
+        found = score_metrics(scored, config.reward_model)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def _finish_step(
+    system: StreamSystem[Any, Any], batch: TrainBatch, update: UpdateOutput, timer: PhaseTimer
+) -> dict[str, float]:
+    """Note that the policy was trained on the batch; the metrics of the step."""
+    seconds, num_tokens = timer.metrics(), batch.lengths.sum().item()
+    system.finish_step(num_tokens)
+    own = {
+        "policy_version": update.policy_version,
+        "epoch": system.samples.epoch,
+        "num_tokens": system.num_tokens,
+        "tokens_per_second": num_tokens / seconds["time/step"],
+        "memory(GiB)": system.policy.peak_memory_gib(),
+    }
+    reported = update.metrics | system.samples.metrics() | system.restarts.metrics()
+    return reported | own | seconds
+
+
+def evaluate_sft(system: SftSystem) -> Metrics:
+    """Loss, perplexity and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
+    metrics: dict[str, float] = {}
+    for prefix, batches in _held_out_batches(system, system.config.data_parallel_size):
+        found = _predictions(system.policy.compute_predictions, batches)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def evaluate_distill(system: DistillSystem) -> Metrics:
+    """As `evaluate_sft`, of the student, and as eval/teacher/loss of the teacher."""
+    metrics: dict[str, float] = {}
+    for prefix, batches in _held_out_batches(system, system.config.most_replicas):
+        found = _predictions(system.policy.compute_predictions, batches)
+        metrics |= {prefix + key: value for key, value in found.items()}
+        if prefix not in system.scores_of_teacher:  # which never change
+            system.scores_of_teacher[prefix] = _predictions(
+                system.teacher.compute_predictions, batches
+            )
+        of_teacher = system.scores_of_teacher[prefix]
+        metrics |= {f"{prefix}teacher/{key}": value for key, value in of_teacher.items()}
+    return metrics
+
+
+def _held_out_batches(
+    system: StreamSystem[Any, Sample], num_replicas: int
+) -> Iterator[tuple[str, list[TrainBatch]]]:
+    """The batches of each held-out set, and what its metrics begin with."""
+    size = EVAL_STEPS_AT_ONCE * system.config.rows_per_step
+    for name, held_out in system.held_out_sets.items():
         batches = [
-            build_sample_batch(held_out[i : i + size], at_least=config.data_parallel_size)
+            build_sample_batch(held_out[i : i + size], at_least=num_replicas)
             for i in range(0, len(held_out), size)
         ]
-        found = [(*system.policy.compute_predictions(b), b.completion_mask) for b in batches]
-        prefix = f"eval/{name}/" if name else "eval/"
-        metrics |= {prefix + key: v for key, v in prediction_metrics(found).items()}
-    return metrics
+        yield f"eval/{name}/" if name else "eval/", batches
+
+
+def _predictions(
+    compute: Callable[[TrainBatch], tuple[Tensor, Tensor]], batches: list[TrainBatch]
+) -> dict[str, float]:
+    """What the metrics are of `compute_predictions` of a model."""
+    return prediction_metrics([(*compute(batch), batch.completion_mask) for batch in batches])
 
 
 def log(

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 # Imported before Ray, which reads the environment when it is imported.
 from rlsys.actors.ray_env import check_cluster_answers, wait_for_cluster  # isort: skip
@@ -23,15 +23,24 @@ from rlsys.actors.ray_metrics import RayMetrics
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
-from rlsys.driver import train, train_sft
+from rlsys.driver import train, train_distill, train_preference, train_score, train_sft
 from rlsys.exit_codes import of_error
 from rlsys.files import read_jsonl
 from rlsys.interrupts import as_stopped, held_back, interruptible, is_impatient
 from rlsys.plugins.load import loaded_files
+from rlsys.preflight.before_preference import fit_to_preferences, load_preference_data
+from rlsys.preflight.before_reward_model import fit_to_rows, load_score_data
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
@@ -43,7 +52,10 @@ from rlsys.run.folder import RunDir
 from rlsys.run.inputs import record_inputs
 from rlsys.run.resume import move_aside, resume_notes, set_aside_later, with_threads_of
 from rlsys.saving import make_checkpoints, save_final, save_last_step
-from rlsys.system import SftSystem, System, choose_device, start_sft_system, start_system
+from rlsys.system import StreamSystem, System, choose_device, start_sft_system, start_system
+from rlsys.systems.distill import start_distill_system
+from rlsys.systems.preference import start_preference_system
+from rlsys.systems.score import start_score_system
 from rlsys.text import counted
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.base import run_name
@@ -52,7 +64,7 @@ from rlsys.tracking.numbers import NumbersTracker
 from rlsys.tracking.outages import say_line
 
 Data = TypeVar("Data")
-AnySystem = TypeVar("AnySystem", bound=System | SftSystem)
+AnySystem = TypeVar("AnySystem", bound=System | StreamSystem[Any, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,26 @@ def run_sft(resolved: ResolvedConfig[SftConfig]) -> None:
     run_method(
         resolved.config, Method(load_sample_data, fit_to_samples, start_sft_system, train_sft)
     )
+
+
+def run_preference(resolved: ResolvedConfig[PreferenceConfig]) -> None:
+    """Preference training, as `run`."""
+    method = Method(
+        load_preference_data, fit_to_preferences, start_preference_system, train_preference
+    )
+    run_method(resolved.config, method)
+
+
+def run_reward_model(resolved: ResolvedConfig[RewardModelConfig]) -> None:
+    """Train a score head, as `run`."""
+    method = Method(load_score_data, fit_to_rows, start_score_system, train_score)
+    run_method(resolved.config, method)
+
+
+def run_distill(resolved: ResolvedConfig[DistillConfig]) -> None:
+    """Distillation, as `run`."""
+    method = Method(load_sample_data, fit_to_samples, start_distill_system, train_distill)
+    run_method(resolved.config, method)
 
 
 def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) -> None:
@@ -121,7 +153,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
 
 
 def _train_and_save(
-    system: System | SftSystem,
+    system: System | StreamSystem[Any, Any],
     train: Callable[[Checkpoints], None],
     run_dir: RunDir,
     resume_step: int | None,
@@ -189,7 +221,7 @@ def fix_cpu_threads(config: AnyConfig, run_dir: RunDir) -> AnyConfig:
 
 
 def make_health(
-    config: RunConfig, run_dir: RunDir, system: System | SftSystem, *, resumed: bool
+    config: RunConfig, run_dir: RunDir, system: System | StreamSystem[Any, Any], *, resumed: bool
 ) -> Health:
     """What looks at the metrics of a run; a run that continues knows those from before."""
     dtype = config.model_dtype(on_cpu=system.device == "cpu")

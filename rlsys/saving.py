@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rlsys.file_sums import FileSum
 from rlsys.interrupts import seconds_to_save
@@ -15,15 +16,15 @@ from rlsys.run.best import write_best_model
 from rlsys.run.checkpoints import AwaitFiles, Checkpoints, Models
 from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
-from rlsys.system import SftSystem, System
+from rlsys.system import StreamSystem, System
 
+AnySystem = System | StreamSystem[Any, Any]
+"""The running roles of any method."""
 WRITER = "checkpoint writer"
 """The thread that waits for the disk, as the timeline has it."""
 
 
-def make_checkpoints(
-    system: System | SftSystem, run_dir: RunDir, *, expected_bytes: int = 0
-) -> Checkpoints:
+def make_checkpoints(system: AnySystem, run_dir: RunDir, *, expected_bytes: int = 0) -> Checkpoints:
     """The checkpoints of a run, and the models that it keeps besides.
 
     Args:
@@ -53,7 +54,7 @@ def make_checkpoints(
     )
 
 
-def save_final(system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints) -> None:
+def save_final(system: AnySystem, run_dir: RunDir, checkpoints: Checkpoints) -> None:
     """Write the final model, and see the last checkpoint to its end.
 
     Raises:
@@ -66,7 +67,8 @@ def save_final(system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpo
         best = write_best_model(run_dir, config.checkpoint)
     if best is None:
         system.policy.save_model(run_dir.final)
-    kind = "model" if config.policy.lora is None else "adapter, a PEFT folder,"
+    is_adapter = config.policy.lora is not None and config.num_labels is None
+    kind = "adapter, a PEFT folder," if is_adapter else "model"
     of_step = "" if best is None else f" of step {best}, the best one,"
     print(f"the trained {kind}{of_step} is in {run_dir.final}", flush=True)
     checkpoints.finish()
@@ -78,7 +80,11 @@ def save_final(system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpo
 
 
 def save_last_step(
-    system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints, *, started_from: int
+    system: AnySystem,
+    run_dir: RunDir,
+    checkpoints: Checkpoints,
+    *,
+    started_from: int,
 ) -> None:
     """Save the last finished step of a run that was interrupted or failed, the weights first.
 
@@ -108,7 +114,10 @@ def save_last_step(
 
 
 def _saving_last_step(
-    system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints, started_from: int
+    system: AnySystem,
+    run_dir: RunDir,
+    checkpoints: Checkpoints,
+    started_from: int,
 ) -> Iterator[str]:
     """Save what can be saved; yields what is done."""
     config, policy = system.config, system.policy

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 # Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
@@ -30,15 +30,17 @@ from rlsys.actors.reservation import cluster_gpus
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
+from rlsys.actors.teacher import TeacherActors
 from rlsys.actors.turns import SharedTurns, Turns
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.local_paths import with_absolute_paths
 from rlsys.config.roles import decide_placement, plan_roles
+from rlsys.config.schema import AnyConfig
 from rlsys.data import PromptData
 from rlsys.data.samples import SampleData
-from rlsys.data.streams.base import SampleStream
+from rlsys.data.streams.base import Stream, T
 from rlsys.data.streams.make import make_prompt_stream, make_sample_stream
 from rlsys.model.adapters import syncs_adapter, with_stored_settings
 from rlsys.model.folder import find_model_folder
@@ -66,6 +68,8 @@ class System:
     """The trained model."""
     reference: Reference | None
     """What the KL term measures from; None when beta = 0."""
+    teacher: TeacherActors | None
+    """What the policy is distilled from; None when opd_kl_coef = 0."""
     rollouts: Rollouts
     """Prompts in, scored groups out; may sample ahead of the policy."""
     publisher: WeightPublisher
@@ -120,16 +124,16 @@ class System:
 
 
 @dataclass(slots=True)
-class SftSystem:
-    """The running roles of supervised training, as its loop uses them."""
+class StreamSystem(Generic[AnyConfig, T]):
+    """The running roles of a method that trains on what its data has, as its loop uses them."""
 
-    config: SftConfig
+    config: AnyConfig
     device: Device
     policy: PolicyActors
     """The trained model."""
-    samples: SampleStream
+    samples: Stream[T]
     """What it is trained on, step by step."""
-    held_out_sets: dict[str, list[Sample]]
+    held_out_sets: dict[str, list[T]]
     """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
     restarts: Restarts
     """Of the policy's ranks; watches them too."""
@@ -171,14 +175,18 @@ class SftSystem:
         """
         if not (folder / DATA_FILE).exists():
             raise ValueError(
-                f"{folder} has no {DATA_FILE}, so `rlsys sft` did not write it. Start a new run "
-                "from its weights: set model.path to it, and another output_dir."
+                f"{folder} has no {DATA_FILE}, so `rlsys {self.config.command}` did not write it. "
+                "Start a new run from its weights: set model.path to it, and another output_dir."
             )
         self.policy.load_checkpoint(folder)
         state = json.loads((folder / DATA_FILE).read_text())
         self._samples_state = state["samples"]
         self.samples.load_state_dict(self._samples_state)
         self.num_tokens = state["num_tokens"]
+
+
+class SftSystem(StreamSystem[SftConfig, Sample]):
+    """The running roles of supervised training."""
 
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
@@ -190,17 +198,15 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     config = decide_placement(config, device=device, num_gpus=cluster_gpus())
     placement = Placement(config, device=device)
     check_nodes(config, placement.roles_of_nodes())
-    _say_start(config, device)
+    say_start(config, device)
     with StartReport() as report:
         rewards = _reward_workers(config, device, placement)
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
-        others: list[ModelActors] = []
-        reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
-        if config.has_reference_model:
-            place = partial(placement.options, "reference")
-            reference = ReferenceActors(config, device=device, place=place, policy=policy)
-            others.append(reference)
+        reference = _reference_actors(config, device, placement, policy)
+        teacher = _teacher_actors(config, device, placement, policy)
+        frozen = (reference, teacher)
+        others = [group for group in frozen if isinstance(group, ModelActors)]
         for group in (engines, policy, *others):
             report.waiting_for(group.actors)
 
@@ -220,16 +226,16 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
             config.weight_sync,
             transport=_transport(config, device),
             turns=turns,
-            adapter_scaling=_adapter_scaling(config, device),
+            adapter_scaling=adapter_scaling_of(config, device),
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
-    restarts = _restarts(config)
-    _let_engines_restart(engines, publisher, restarts)
+    restarts = make_restarts(config)
+    let_engines_restart(engines, publisher, restarts)
     restarts.heartbeats.watch(rewards, config.reward.heartbeat_s)
     for model in (policy, *others):
-        _let_restart(model, restarts, config)
-    timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)
+        let_restart(model, restarts, config)
+    timeline = start_timeline(config, device, tracker, engines, rewards, policy, *others)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -239,7 +245,29 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         held_out=data.held_out_sets,
         tracker=tracker,
     )
-    return System(config, device, policy, reference, rollouts, publisher, restarts, timeline)
+    return System(
+        config, device, policy, reference, teacher, rollouts, publisher, restarts, timeline
+    )
+
+
+def _reference_actors(
+    config: Config, device: Device, placement: Placement, policy: PolicyActors
+) -> Reference | None:
+    if config.reference_is_base:
+        return PolicyBase(policy)
+    if not config.has_reference_model:
+        return None
+    place = partial(placement.options, "reference")
+    return ReferenceActors(config, device=device, place=place, policy=policy)
+
+
+def _teacher_actors(
+    config: Config, device: Device, placement: Placement, policy: PolicyActors
+) -> TeacherActors | None:
+    if config.used_teacher is None:
+        return None
+    place = partial(placement.options, "teacher")
+    return TeacherActors(config, device=device, place=place, policy=policy)
 
 
 def _reward_workers(config: Config, device: Device, placement: Placement) -> RewardWorkers:
@@ -260,7 +288,7 @@ def _transport(config: Config, device: Device) -> str:
     return "ipc" if chosen == "auto" and on_shared_gpus else chosen
 
 
-def _adapter_scaling(config: Config, device: Device) -> float | None:
+def adapter_scaling_of(config: Config, device: Device) -> float | None:
     """Factor of B A in the policy's LoRA adapter, if engines sample with it."""
     if config.policy.lora is None:
         return None
@@ -276,21 +304,21 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     device = choose_device(config)
     placement = Placement(config, device=device)
     check_nodes(config, placement.roles_of_nodes())
-    _say_start(config, device)
+    say_start(config, device)
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         report.waiting_for(policy.actors)
         get_all(
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
-    restarts = _restarts(config)
-    _let_restart(policy, restarts, config)
-    timeline = _start_timeline(config, device, tracker, policy)
+    restarts = make_restarts(config)
+    let_restart(policy, restarts, config)
+    timeline = start_timeline(config, device, tracker, policy)
     samples = make_sample_stream(config, data)
     return SftSystem(config, device, policy, samples, data.held_out_sets, restarts, timeline)
 
 
-def _start_timeline(
+def start_timeline(
     config: RunConfig, device: Device, tracker: Tracker, *roles: ActorGroup | RewardWorkers
 ) -> Timeline:
     """Record from here on what the actors of these roles do."""
@@ -303,7 +331,7 @@ def _start_timeline(
     return timeline
 
 
-def _let_engines_restart(
+def let_engines_restart(
     engines: RolloutActors, publisher: WeightPublisher, restarts: Restarts
 ) -> None:
     """Have engines that fail replaced, or say why they are not."""
@@ -313,11 +341,12 @@ def _let_engines_restart(
     restarts.watch(engines, engines.config.rollout.heartbeat_s)
 
 
-def _restarts(config: RunConfig) -> Restarts:
+def make_restarts(config: RunConfig) -> Restarts:
+    """What starts actors again, as far as the config allows."""
     return Restarts(config.recovery, table=RunDir(Path(config.output_dir)).actors)
 
 
-def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
+def let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
     """Have ranks that fail replaced, and let them go back to the run's checkpoints."""
     folder = RunDir(Path(config.output_dir)).checkpoints
 
@@ -330,7 +359,7 @@ def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> N
     restarts.watch(model, config.policy.heartbeat_s)
 
 
-def _say_start(config: RunConfig, device: Device) -> None:
+def say_start(config: RunConfig, device: Device) -> None:
     """Print which actors start, and what may not fit."""
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())

@@ -63,6 +63,41 @@ class Sample:
         return int(self.target_mask.sum())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Preference:
+    """The answers to one prompt that preference training compares, or one answer with a label."""
+
+    row_id: str
+    """Unique within a data set split; stable across runs, as `Prompt.prompt_id` is."""
+    answers: tuple[Sample, ...]
+    """The chosen and the rejected answer, each behind the prompt; or one answer alone."""
+    is_chosen: tuple[bool, ...]
+    """Of each answer: whether it is the preferred, or a desirable one."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids of all answers."""
+        return [token for answer in self.answers for token in answer.token_ids.tolist()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredRow:
+    """Texts with what their scores are compared with: a pair of answers, or a text with a label."""
+
+    row_id: str
+    """Unique within a data set split; stable across runs, as `Prompt.prompt_id` is."""
+    texts: tuple[np.ndarray, ...]
+    """[T] int32 token ids of each, T >= 2: the chosen and the rejected conversation, or one
+    text."""
+    label: tuple[float, ...]
+    """[L] the number of the class; 0 or 1 for each class; or numbers. Of a pair its margin."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids of all texts."""
+        return [token for text in self.texts for token in text.tolist()]
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled continuation of a prompt."""
@@ -166,6 +201,19 @@ class RolloutGroup:
     batch."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherRows:
+    """What a teacher says of N rows: arrays [L, ...] of each, L the row's tokens that are trained
+    on, in their order. Either hidden states, or the likeliest tokens."""
+
+    hidden: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, D], last hidden states; float32, or int16 that are the bits of bfloat16."""
+    top_ids: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, K] int64"""
+    top_logprobs: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, K] float32, of the distribution over the whole vocabulary."""
+
+
 @dataclass(slots=True)
 class TrainBatch:
     """N completions as right-padded rows `prompt + completion`.
@@ -187,6 +235,8 @@ class TrainBatch:
     """[N, S] float32, from the rollout engine."""
     ref_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the frozen reference model; None when beta = 0."""
+    teacher_logprobs: torch.Tensor | None = None
+    """[N, S] float32, from the teacher; None without on-policy distillation."""
     old_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the policy before the update; None when one optimizer step uses the
     whole batch, because the policy's own detached log-probs are the same numbers then."""
@@ -201,6 +251,21 @@ class TrainBatch:
     routed_experts: list[np.ndarray] | None = None
     """[N] arrays, `Completion.routed_experts` of each row. Arrays that Ray shares among processes
     are not copied, which matters: a token has top_k bytes for each layer with experts."""
+    is_chosen: torch.Tensor | None = None
+    """[N] bool, `Preference.is_chosen` of each row. In pairs a rejected answer follows the chosen
+    one. None for other training. `advantages` then are the share of each token of chosen answers in
+    the mean of their negative log-likelihood."""
+    ref_logps: torch.Tensor | None = None
+    """[N] float64, the reference's log-prob of each answer as a whole, in nats; None without
+    reference."""
+    kl: torch.Tensor | None = None
+    """[1] float64 nats, KTO's estimate of KL(policy || reference) for the whole step; None for
+    other losses."""
+    labels: torch.Tensor | None = None
+    """[N, L] float32, what the scores of a row are compared with; None without a score head. In
+    pairs, where a rejected answer follows the chosen one, both have the margin of the pair."""
+    teacher: TeacherRows | None = None
+    """What the teacher says of each token that is trained on, for its divergence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config import SftConfig
+from rlsys.config import (
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.fields import config_fields, config_sections, optional_sections, show_value
 from rlsys.config.schema import Section
 
@@ -50,6 +56,30 @@ says where rows come from. These are its own fields, and those with another defa
 """
 
 
+_PREFERENCE_HEAD = """## The config of rlsys preference
+
+It has the top level, `model`, `reference`, `policy`, `tracking` and `checkpoint` as above, and of
+`data` what says where rows come from. These are its own fields, and those with another default or
+meaning. [preference.md](preference.md) says how they work together.
+"""
+
+
+_REWARD_MODEL_HEAD = """## The config of rlsys reward-model
+
+It has the top level, `model`, `policy`, `tracking` and `checkpoint` as above, and of `data` what
+says where rows come from. These are its own fields, and those with another default or meaning.
+[reward_model.md](reward_model.md) says how they work together.
+"""
+
+
+_DISTILL_HEAD = """## The config of rlsys distill
+
+It has what the config of rlsys sft has, and `teacher` and `weight_sync` as above. These are its own
+fields, and those with another meaning. [distillation.md](distillation.md) says how they work
+together.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     fields = config_fields()
@@ -59,21 +89,25 @@ def markdown() -> str:
         for inside, optional in optional_sections().items():
             if inside.startswith(f"{name}."):
                 parts += _section("###", inside, optional)
-    return "\n".join([*parts, *_sft_parts()])
+    parts += _parts_of(SftConfig, _SFT_HEAD)
+    parts += _parts_of(PreferenceConfig, _PREFERENCE_HEAD)
+    parts += _parts_of(RewardModelConfig, _REWARD_MODEL_HEAD)
+    return "\n".join([*parts, *_parts_of(DistillConfig, _DISTILL_HEAD, base=SftConfig)])
 
 
-def _sft_parts() -> list[str]:
-    """What a config of `rlsys sft` has besides, or otherwise."""
-    known, own = config_fields(), config_fields(SftConfig)
+def _parts_of(schema: type[RunConfig], head: str, base: type[RunConfig] | None = None) -> list[str]:
+    """What a config of another command has besides, or otherwise; `base` is known by then."""
+    known, own = config_fields(), config_fields(schema)
+    known = known | ({} if base is None else config_fields(base))
     different = {
         name: info
         for name, info in own.items()
         if name not in known
         or (known[name].default, known[name].description) != (info.default, info.description)
     }
-    parts = [_SFT_HEAD]
+    parts = [head]
     for name in dict.fromkeys(field.rpartition(".")[0] for field in different):
-        section = (config_sections(SftConfig) | optional_sections(SftConfig))[name]
+        section = (config_sections(schema) | optional_sections(schema))[name]
         parts.append(f"### {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
         own_fields = {n: f for n, f in different.items() if n.rpartition(".")[0] == name}
         parts.append(_table(own_fields))

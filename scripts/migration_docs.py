@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.elsewhere import Counterpart, own_counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
@@ -23,8 +30,9 @@ Three things differ everywhere:
 
 - **A step** of `rlsys grpo` is one rollout: sample, score, update, sync weights.
   `rollout.generation_batch_size` is its completions, `policy.global_batch_size` the completions of
-  one optimizer step. Neither counts prompts. A step of `rlsys sft` is one optimizer step with
-  `policy.global_batch_size` samples, as elsewhere.
+  one optimizer step. Neither counts prompts. A step of `rlsys sft`, `rlsys preference` and
+  `rlsys reward-model` is one optimizer step with `policy.global_batch_size` samples or pairs, as
+  elsewhere.
 - **GPUs**: policy and rollout engines have GPUs of their own, or share them by turns where there
   are too few (`placement`). `policy.world_size` and `rollout.num_engines` count both.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
@@ -36,6 +44,10 @@ Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:
 | `swift sft`, `megatron sft`, `trl sft` | `rlsys sft CONFIG` |
 | `swift pt`, `megatron pt` | `rlsys sft CONFIG` with `sft.objective: pretrain` |
 | `swift rlhf --rlhf_type grpo`, `megatron rlhf`, `trl grpo` | `rlsys grpo CONFIG` |
+| `swift rlhf --rlhf_type dpo` (kto, cpo, ...), `trl dpo`, `trl kto` | `rlsys preference CONFIG` |
+| `swift rlhf --rlhf_type rm`, `trl reward` | `rlsys reward-model CONFIG` |
+| `swift sft --task_type seq_cls` | `rlsys reward-model CONFIG` with `problem_type` |
+| `swift rlhf --rlhf_type gkd`, `trl`'s `GKDTrainer` | `rlsys distill CONFIG` |
 | `swift infer`, `transformers chat` | `rlsys infer MODEL` |
 | `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
@@ -79,7 +91,7 @@ _COMMANDS = (
 
 
 _OTHERS = """These are {about}. All other names mean what the table above says, where its field
-is one of `rlsys sft`.
+is one of `rlsys {command}`.
 """
 
 
@@ -87,13 +99,20 @@ def markdown() -> str:
     """The whole page."""
     parts = [_HEAD, "## Models and checkpoints\n\n[export.md](export.md) says more.\n"]
     parts.append(_table(("there", "here"), _COMMANDS))
-    of_sft = projects(SftConfig)
+    further: tuple[type[RunConfig], ...] = (
+        SftConfig,
+        PreferenceConfig,
+        RewardModelConfig,
+        DistillConfig,
+    )
     for project, about in projects(Config).items():
         parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")
         parts += _names(Config, project, project)
-        if project in of_sft:
-            parts += _names(SftConfig, project, f"{project} for `rlsys sft`")
-            parts.append(_OTHERS.format(about=of_sft[project]))
+        for schema in further:
+            if (about := projects(schema).get(project)) is not None:
+                command = schema.command
+                parts += _names(schema, project, f"{project} for `rlsys {command}`")
+                parts.append(_OTHERS.format(about=about, command=command))
     return "\n".join(parts)
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 PHASES: dict[str, str] = {
     **dict.fromkeys(("compute_logprobs", "compute_base_logprobs"), "logprobs"),
-    "compute_predictions": "predictions",
+    **dict.fromkeys(("compute_predictions", "compute_scores"), "predictions"),
     "update": "update",
     **dict.fromkeys(("send_weights", "start_weight_update", "update_weights"), "weight_sync"),
     "connect_weight_sync": "weight_sync",

@@ -153,7 +153,7 @@ class ModelActors(ActorGroup, ABC):
     """The ranks of one model as the driver sees them.
 
     Args:
-        role: "policy" or "reference", as errors name it.
+        role: "policy", "reference" or "teacher", as errors name it.
         rank_class: class of the actors.
         config: the run's config.
         device: the run's device.
@@ -172,7 +172,7 @@ class ModelActors(ActorGroup, ABC):
 
     def __init__(
         self,
-        role: Literal["policy", "reference"],
+        role: Literal["policy", "reference", "teacher"],
         rank_class: type[ModelRank],
         config: RunConfig,
         *,

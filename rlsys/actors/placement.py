@@ -3,8 +3,9 @@
 Actors that share a GPU are in the same bundle. On CPU every actor has a bundle with a share of a
 core; a full cluster may have no room for it. rlsys.actors.reservation chooses nodes and waits.
 
-The reference has its own GPUs or shares the policy's (reference.placement). The two never compute
-at the same time, so sharing costs only the copies of its weights, which wait in host memory. Reward
+The reference has its own GPUs or shares the policy's (reference.placement), and so has the teacher.
+They never compute at the same time as the policy, so sharing costs only the copies of their
+weights, which wait in host memory. Reward
 models score while completions are sampled and the policy waits: they share its GPUs, where their
 weights stay, or have their own (reward.reward_model_placement). Several rollout engines share a GPU
 with rollout.engines_per_gpu. With `placement: colocated` engines are on the policy's GPUs: see
@@ -48,7 +49,7 @@ class Placement:
         config: RunConfig,
         *,
         device: Device,
-        names: Collection[RoleName] = ("policy", "rollout", "reference", "reward_model"),
+        names: Collection[RoleName] = ("policy", "rollout", "reference", "teacher", "reward_model"),
     ):
         """`names`: the roles that are started; an evaluation has neither policy nor reference."""
         roles = [role for role in plan_roles(config, device=device) if role.name in names]

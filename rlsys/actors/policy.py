@@ -78,11 +78,15 @@ class PolicyRank(ModelRank):
             expert_model_parallel_size=policy.expert_model_parallel_size,
             context_parallel_size=policy.context_parallel_size,
         )
+        load_plugins(self.config.loss_plugins)
+        self.engine = self.build()
+        self.links: dict[str, list[WeightLink]] = {}
+
+    def build(self) -> MegatronPolicy:
+        """Build the engine; megatron-core is initialised."""
         from rlsys.engines.megatron.policy import MegatronPolicy
 
-        load_plugins(self.config.loss_plugins)
-        self.engine = MegatronPolicy(self.config, device=self.device)
-        self.links: dict[str, list[WeightLink]] = {}
+        return MegatronPolicy(self.config, device=self.device)
 
     def weight_metadata(self) -> list[TensorMeta]:
         """See MegatronWeights.metadata."""
@@ -164,17 +168,17 @@ class PolicyRank(ModelRank):
         self.engine.offload.drop_gradients()
 
     def offload_optimizer(self) -> None:
-        """See MegatronPolicy.offload_optimizer; `send_weights` or `offload_weights` awaits it."""
-        self.engine.offload_optimizer()
+        """See Offload.offload_optimizer; `send_weights` or `offload_weights` awaits it."""
+        self.engine.offload.offload_optimizer()
 
     def offload_weights(self) -> None:
-        """See MegatronPolicy.offload_weights; no effect unless `weights_leave`."""
+        """See Offload.offload_weights; no effect unless `weights_leave`."""
         if self.engine.weights_leave:
-            self.engine.offload_weights()
+            self.engine.offload.offload_weights()
 
     def onload(self) -> None:
-        """See MegatronPolicy.onload."""
-        self.engine.onload()
+        """See Offload.onload."""
+        self.engine.offload.onload()
 
     def finished_version(self) -> int | None:
         """See MegatronPolicy.finished_version."""

@@ -109,7 +109,7 @@ class Restarts:
         """Note that an actor failed and will be replaced; prints one line.
 
         Args:
-            role: "rollout", "policy" or "reference", whose limit it counts for.
+            role: "rollout", "policy", "reference" or "teacher", whose limit it counts for.
             error: how the actor failed.
             phase: what the role was doing.
             step: the step that the run is in; with `phase`, the place of the failure.

@@ -1,4 +1,4 @@
-"""The reference: what the KL term measures from, if beta > 0.
+"""The reference: what GRPO's KL term measures from, and what preference losses compare with.
 
 It is a frozen model with actors of its own, or the base of a policy with LoRA, on the policy's
 actors. The driver sees a `Reference`.
@@ -18,7 +18,7 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.snapshots import Snapshots
 from rlsys.actors.weight_publisher import WeightPublisher
-from rlsys.config import Config
+from rlsys.config import Config, ReferencedConfig
 from rlsys.file_sums import FileSum
 from rlsys.problems import RunFailed
 from rlsys.types import Device, TrainBatch
@@ -61,7 +61,7 @@ class ReferenceRank(ModelRank):
     """One rank of the reference: no optimizer, no gradients."""
 
     engine: MegatronReference
-    config: Config
+    config: ReferencedConfig
 
     def start(self, address: str, port: int) -> None:
         """Build the model."""
@@ -127,11 +127,11 @@ class ReferenceActors(ModelActors):
     on one GPU. It happens only every reference.sync_steps.
     """
 
-    config: Config
+    config: ReferencedConfig
 
     def __init__(
         self,
-        config: Config,
+        config: ReferencedConfig,
         *,
         device: Device,
         place: PlaceActor = on_cpu,
@@ -162,6 +162,7 @@ class ReferenceActors(ModelActors):
     def connect_to(self, policy: PolicyActors) -> None:
         """Connect to the policy, for `sync`."""
         self._policy = policy
+        assert isinstance(self.config, Config), "no other method syncs it"
         self._publisher = WeightPublisher(
             policy, self, self.config.weight_sync, to="reference", transport="gloo"
         )

@@ -201,7 +201,8 @@ def compute_advantages(
 
     Args:
         groups: P scored groups of G completions.
-        batch: built from them; with a KL in the reward, with ref_logprobs and old_logprobs.
+        batch: built from them; with a KL in the reward, with ref_logprobs and old_logprobs; for
+            on-policy distillation with teacher_logprobs.
         config: names the estimator.
         reward_weights: one for each reward function, in the order of `by_name`; None is 1 each.
     """
@@ -211,18 +212,32 @@ def compute_advantages(
         assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
         x_NS = log_ratio(batch.ref_logprobs.double(), batch.old_logprobs.double(), mask_NS)
         kl_NS = config.beta * KL_ESTIMATORS[config.kl_estimator or "k1"](x_NS)
-    return _estimate(groups, mask_NS, kl_NS, config, reward_weights)
+    advantages_NS = _estimate(groups, mask_NS, kl_NS, config, reward_weights)
+    if batch.teacher_logprobs is None:
+        return advantages_NS
+    return advantages_NS + (config.opd_kl_coef * teacher_log_ratio(batch)).float()
+
+
+def teacher_log_ratio(batch: TrainBatch) -> Tensor:
+    """[N, S] float64 log-probs of the teacher minus the policy's, 0 where masked.
+
+    The mean of its negative is KL(policy || teacher) of the tokens that the policy sampled. Without
+    `old_logprobs` the policy has not moved since, and the rollout engine's log-probs are its own.
+    """
+    assert batch.teacher_logprobs is not None
+    own_NS = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return log_ratio(batch.teacher_logprobs.double(), own_NS.double(), batch.completion_mask)
 
 
 def advantages_of_group(
     group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
 ) -> list[float] | None:
-    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
+    """[G] advantages of one group; None if they depend on the rest of the batch or on log-probs."""
     looks_at_group_only = (
         config.advantage_estimator in ("grpo", "rloo", "maxrl")
         and config.scale_rewards != "batch"
         and config.multi_objective_aggregation == "sum_then_normalize"
-        and not (config.kl_in_reward and config.beta > 0)
+        and not config.advantages_need_logprobs
     )
     if not looks_at_group_only:
         return None

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from rlsys.algo.teacher_rows import pack_teacher
 from rlsys.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -123,7 +124,11 @@ def optimizer_step_rows(
 
 
 def shard_rows(
-    rows: Sequence[int], lengths: Sequence[int] | Tensor, *, num_shards: int
+    rows: Sequence[int],
+    lengths: Sequence[int] | Tensor,
+    *,
+    num_shards: int,
+    together: int = 1,
 ) -> list[list[int]]:
     """Data-parallel shards of an optimizer step's rows, balanced in rows and in tokens.
 
@@ -135,7 +140,12 @@ def shard_rows(
         rows: row numbers.
         lengths: [N] tokens, indexed by row number.
         num_shards: data-parallel size.
+        together: rows that stay in one shard: the first ones, the next, and so on.
     """
+    if together > 1:
+        units, lengths_U = _units(rows, lengths, together)
+        sharded = shard_rows(range(len(units)), lengths_U, num_shards=num_shards)
+        return [[row for unit in shard for row in units[unit]] for shard in sharded]
     longest_first = _longest_first(rows, lengths)
     shards: list[list[int]] = [[] for _ in range(num_shards)]
     tokens = [0] * num_shards
@@ -155,15 +165,24 @@ def micro_batches(
     *,
     micro_batch_size: int,
     max_tokens: int | None,
+    together: int = 1,
 ) -> list[list[int]]:
     """The rows of one shard, cut into forward passes.
 
     Args:
         rows: row numbers.
         lengths: [N] tokens, indexed by row number.
-        micro_batch_size: rows of a forward pass, which are of similar length.
+        micro_batch_size: rows of a forward pass, which are of similar length; with `together`,
+            units of so many rows.
         max_tokens: most tokens of a forward pass, first-fit decreasing; wins if set.
+        together: see `shard_rows`.
     """
+    if together > 1:
+        units, lengths_U = _units(rows, lengths, together)
+        cut = micro_batches(
+            range(len(units)), lengths_U, micro_batch_size=micro_batch_size, max_tokens=max_tokens
+        )
+        return [[row for unit in some for row in units[unit]] for some in cut]
     longest_first = _longest_first(rows, lengths)
     if max_tokens is None:
         return [
@@ -184,6 +203,15 @@ def micro_batches(
             bins.append([row])
             free.append(max_tokens - length)
     return bins
+
+
+def _units(
+    rows: Sequence[int], lengths: Sequence[int] | Tensor, together: int
+) -> tuple[list[Sequence[int]], list[int]]:
+    """The rows in units of `together`, and the tokens of each unit."""
+    assert len(rows) % together == 0, "units are whole"
+    units = [rows[start : start + together] for start in range(0, len(rows), together)]
+    return units, [sum(int(lengths[row]) for row in unit) for unit in units]
 
 
 def _longest_first(rows: Sequence[int], lengths: Sequence[int] | Tensor) -> list[int]:
@@ -227,8 +255,17 @@ class PackedMicroBatch:
     """[T] bool, from `tokens_of_high_covariance`."""
     routed_experts: Tensor | None = None
     """[T, layers, top_k] uint8 or int16, the experts to replay where `is_routed`."""
+    teacher_hidden: Tensor | None = None
+    """[L, D] of the L tokens of `loss_mask` in their order, see `TeacherRows`."""
+    teacher_top_ids: Tensor | None = None
+    teacher_top_logprobs: Tensor | None = None
+    """[L, K]"""
     rows: tuple[int, ...] = ()
     """[B] the rows of the batch that the sequences are; the filling at the end is none."""
+    is_chosen: Tensor | None = None
+    ref_logps: Tensor | None = None
+    """[B] those of `rows`, see `TrainBatch`."""
+    kl: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -281,8 +318,8 @@ def pack(
         return pad(values_BS[valid_BS], (0, fill))
 
     ones_NS = torch.ones_like(batch.completion_mask)
-    known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
-    optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
+    optional = {n: concatenate(v, 1) for n in _MAY_BE_NONE if (v := getattr(batch, n)) is not None}
+    optional |= _of_rows(batch, index_B) | pack_teacher(batch, rows)
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -299,6 +336,13 @@ def pack(
         rows=tuple(rows),
         **optional,
     )
+
+
+def _of_rows(batch: TrainBatch, index_B: Tensor) -> dict[str, Tensor]:
+    """What a preference loss knows of the rows."""
+    known = {"is_chosen": batch.is_chosen, "ref_logps": batch.ref_logps}
+    own = {name: values[index_B] for name, values in known.items() if values is not None}
+    return own if batch.kl is None else own | {"kl": batch.kl}
 
 
 def _pack_routing(batch: TrainBatch, rows: Sequence[int], lengths: Sequence[int]) -> Tensor | None:

@@ -20,7 +20,7 @@ PREFIX = "nonfinite/"
 PER_TOKEN = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 """Fields of a TrainBatch and of a PackedMicroBatch with a number for each token."""
 
-KINDS = ("loss", "gradient", "logprobs", *PER_TOKEN)
+KINDS = ("loss", "gradient", "logprobs", "scores", *PER_TOKEN)
 """What can be not finite in an optimizer step."""
 
 

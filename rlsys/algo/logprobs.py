@@ -41,6 +41,11 @@ class TokenValues(NamedTuple):
     """The distribution's, in nats, with gradient."""
     is_likeliest: Tensor
     """1 where no token is likelier than the target, else 0."""
+    divergence: Tensor | None = None
+    """From the teacher's distribution, in nats, with gradient, where there is a teacher; then the
+    others have none. See `rlsys.algo.divergence`."""
+    teacher_entropy: Tensor | None = None
+    """Of the teacher's distribution, in nats."""
 
 
 def chunked_logprobs(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_TV *= factor_TV
             grad_TH[chunk] = grad_TV @ weight_VH
             if ctx.needs_input_grad[1]:
-                grad_VH = _plus_product(grad_VH, grad_TV.t(), hidden)
+                grad_VH = plus_product(grad_VH, grad_TV.t(), hidden)
         return grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype), *[None] * 6
 
 
@@ -170,7 +175,7 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`total + left @ right` in float32 or a wider type, in the place of `total`; None is 0."""
     wide = torch.promote_types(left.dtype, torch.float32)
     if not left.is_cuda:  # the CPU has no kernel of two types: there a product is rounded

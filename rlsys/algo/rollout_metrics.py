@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlsys.algo.advantages import nanstd, rewards_matrix
+from rlsys.algo.advantages import nanstd, rewards_matrix, teacher_log_ratio
 
 if TYPE_CHECKING:
     from rlsys.types import DraftCounts, RewardOutput, RolloutGroup, TrainBatch
@@ -38,8 +38,11 @@ def rollout_metrics(groups: list[RolloutGroup], batch: TrainBatch) -> dict[str, 
         "advantages/abs_mean": abs_mean_N.sum() / (num_tokens_N > 0).sum().clamp(min=1),
         "advantages/abs_max": batch.advantages.abs().max(),
     }
+    if batch.teacher_logprobs is not None:
+        num_tokens = num_tokens_N.sum().clamp(min=1)
+        metrics["opd_reverse_kl"] = -teacher_log_ratio(batch).sum() / num_tokens
     numbers = {name: value.item() for name, value in metrics.items()}
-    return numbers | reward_metrics(groups) | _length_metrics(groups)
+    return numbers | reward_metrics(groups) | length_metrics(groups)
 
 
 def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
@@ -49,7 +52,7 @@ def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     groups, are missing.
     """
     mean = {"reward": rewards_matrix(groups).nanmean().item()}
-    return mean | reward_metrics(groups) | _length_metrics(groups)
+    return mean | reward_metrics(groups) | length_metrics(groups)
 
 
 def speculation_metrics(counts: DraftCounts) -> dict[str, float]:
@@ -63,7 +66,8 @@ def speculation_metrics(counts: DraftCounts) -> dict[str, float]:
     }
 
 
-def _length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+def length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """Lengths of completions and prompts, and how many completions were cut."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     clipped = [completion.finish_reason == "length" for completion in completions]

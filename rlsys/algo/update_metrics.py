@@ -10,8 +10,18 @@ from torch import Tensor
 
 from rlsys.algo.finite import PREFIX as NONFINITE
 
-TOTALS = ("loss", "num_loss_tokens")
+TOTALS = ("loss", "num_loss_tokens", "nll_loss")
 """Statistics that are reported as sums, not divided by the number of tokens."""
+MEANS_OF_ANSWERS = {
+    "rewards/chosen": "num_chosen",
+    "rewards/rejected": "num_rejected",
+    "rewards/accuracies": "num_chosen",
+    "logps/chosen": "num_chosen",
+    "logps/rejected": "num_rejected",
+    "log_odds_ratio": "num_chosen",
+    "log_odds_chosen": "num_chosen",
+}
+"""Statistics of preference training -> the statistic that they are divided by."""
 
 SAMPLING_DIFFERENCES = (
     "sampling/logp_difference/mean",
@@ -27,7 +37,8 @@ class MetricSums:
     A key says how its values combine:
 
     - ending in /max or /min: the extreme over all micro-batches and ranks;
-    - `loss`, `num_loss_tokens`, and counts of what is not finite: the sum;
+    - `loss`, `num_loss_tokens`, `nll_loss`, and counts of what is not finite: the sum;
+    - a mean over answers: the sum divided by the number of answers, see `MEANS_OF_ANSWERS`;
     - anything else: the sum divided by `num_loss_tokens`, a mean over tokens. A mean that ends in
       /square_mean is reported as `<name>/effective_sample_size`, the square of `<name>/mean`
       divided by it.
@@ -72,10 +83,17 @@ class MetricSums:
         """The metrics of the optimizer step, as numbers."""
         num_tokens = self._sums["num_loss_tokens"].item()
         assert num_tokens > 0, "a step without tokens to train on is left out"
-        metrics = {
-            key: value.item() / (1 if key in TOTALS or key.startswith(NONFINITE) else num_tokens)
-            for key, value in self._sums.items()
-        }
+        metrics: dict[str, float] = {}
+        for key, value in self._sums.items():
+            number = num_tokens
+            if key in TOTALS or key.startswith(NONFINITE):
+                number = 1
+            elif key in MEANS_OF_ANSWERS:
+                number = self._sums[MEANS_OF_ANSWERS[key]].item()
+            if key not in MEANS_OF_ANSWERS.values() and number > 0:
+                metrics[key] = value.item() / number
+        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         for key in [key for key in metrics if key.endswith("/square_mean")]:
             # Kish's effective sample size, as a share of the tokens: 1 when all weigh the same.
             mean, square = metrics[key.replace("/square_mean", "/mean")], metrics.pop(key)

@@ -107,10 +107,10 @@ def _why_never(run: RunDir, split: Split) -> str | None:
         inside = config.get(section)
         return inside.get(field) if isinstance(inside, dict) else None
 
-    if "sft" in config:
+    if method := next((name for name in ("sft", "preference") if name in config), None):
         return (
-            "it is a run of `rlsys sft`, which samples nothing. `rlsys infer RUN` asks its model, "
-            "and `rlsys data preview CONFIG` shows what it was trained on"
+            f"it is a run of `rlsys {method}`, which samples nothing. `rlsys infer RUN` asks its "
+            "model, and `rlsys data preview CONFIG` shows what it was trained on"
         )
     if setting("tracking", "log_completions") is False:
         return "tracking.log_completions is off in this run"

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.commands.console import make_console
-from rlsys.commands.data_preview_samples import preview_samples
+from rlsys.commands.data_preview_samples import preview_preferences, preview_samples
+from rlsys.commands.data_preview_scored import preview_scored
 from rlsys.commands.data_preview_tables import (
     first_of_each_stream,
     print_counts,
@@ -20,12 +21,16 @@ from rlsys.commands.data_preview_tables import (
     print_table,
     spread,
 )
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.load import load_config, load_config_as
 from rlsys.config.method import schema_of
+from rlsys.data.preferences import load_preferences
 from rlsys.data.samples import SampleRules, load_samples
+from rlsys.data.scored import load_scored
+from rlsys.data.scored_rows import ScoreRules
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
+from rlsys.model.classifier import pad_token_id
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import find_model_folder, tokenizer_source
 from rlsys.model.raw_text import RawText
@@ -56,9 +61,16 @@ def main(args: argparse.Namespace) -> bool:
     """Show the data of a config; returns whether it can be trained on."""
     rows, overrides = split_rows_option(args.overrides)
     num_rows = args.rows if rows is None else rows
-    if schema_of(args.config, overrides) is SftConfig:
-        resolved = within_positions(load_config_as(SftConfig, args.config, overrides))
+    schema = schema_of(args.config, overrides)
+    if issubclass(schema, SftConfig):  # distillation, too
+        resolved = within_positions(load_config_as(schema, args.config, overrides))
         return _preview_samples(resolved.config, make_console(), num_rows=num_rows)
+    if schema is PreferenceConfig:
+        pairs = within_positions(load_config_as(PreferenceConfig, args.config, overrides))
+        return _preview_preferences(pairs.config, make_console(), num_rows=num_rows)
+    if schema is RewardModelConfig:
+        scored = within_positions(load_config_as(RewardModelConfig, args.config, overrides))
+        return _preview_scored(scored.config, make_console(), num_rows=num_rows)
     config = load_config(args.config, overrides).config
     return preview(config, make_console(), num_rows=num_rows)
 
@@ -74,6 +86,38 @@ def _preview_samples(config: SftConfig, console: Console, *, num_rows: int) -> b
     note = turn_end_note(folder, tokenizer, data.some)
     if note is not None:
         console.print(Text(f"\nNote: {note}", style="yellow"))
+    return True
+
+
+def _preview_preferences(config: PreferenceConfig, console: Console, *, num_rows: int) -> bool:
+    """`preview` of a config for preference training."""
+    use_cache_without_hub(config)
+    tokenizer, folder = load_tokenizer(config), find_model_folder(config.model.path)
+    data = load_preferences(
+        config.data,
+        tokenizer,
+        is_paired=config.preference.is_paired,
+        seed=config.seed,
+        vocab_size=read_model_shape(folder, may_bridge=True).vocab_size,
+    )
+    preview_preferences(config.data, data, tokenizer, console, num_rows=num_rows)
+    return True
+
+
+def _preview_scored(config: RewardModelConfig, console: Console, *, num_rows: int) -> bool:
+    """`preview` of a config for a score head."""
+    use_cache_without_hub(config)
+    tokenizer, folder = load_tokenizer(config), find_model_folder(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
+    data = load_scored(
+        config.data,
+        tokenizer,
+        ScoreRules.of(config),
+        seed=config.seed,
+        pad_token_id=pad_token_id(folder),
+        vocab_size=shape.vocab_size,
+    )
+    preview_scored(config, data, tokenizer, console, num_rows=num_rows)
     return True
 
 

@@ -15,6 +15,7 @@ from rlsys.commands.data_preview_tables import (
     print_histogram,
     spread,
 )
+from rlsys.data.preferences import PreferenceData
 from rlsys.data.samples import SampleData
 from rlsys.text import counted
 from rlsys.tracking.printable import printable
@@ -23,7 +24,7 @@ from rlsys.types import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlsys.config import SftDataConfig
+    from rlsys.config import PreferenceDataConfig, SftDataConfig
 
 _TRAINED = "green"
 
@@ -52,13 +53,7 @@ def preview_samples(
         *("Row", lengths, "data.max_length", 1, config.max_length, console),
         outside="cut" if is_cut else "dropped",
     )
-    marks = _marks(console)
-    console.print()
-    console.print(
-        f"Between {marks[0]} and {marks[1]} stands what is trained on."
-        if marks[0]
-        else Text("This colour shows what is trained on.", style=_TRAINED)
-    )
+    marks = _explained_marks(console)
     for sample in spread(samples, data.train_sizes, num_rows):
         _print_sample(sample, tokenizer, marks, console)
     for notice in data.notices:
@@ -82,11 +77,47 @@ def marked_parts(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tup
     return parts
 
 
+def _explained_marks(console: Console) -> tuple[str, str]:
+    """`_marks`, with a line that says what they mean."""
+    marks = _marks(console)
+    console.print()
+    console.print(
+        f"Between {marks[0]} and {marks[1]} stands what is trained on."
+        if marks[0]
+        else Text("This colour shows what is trained on.", style=_TRAINED)
+    )
+    return marks
+
+
 def _marks(console: Console) -> tuple[str, str]:
     """What stands around trained parts where colours do not show; empty where they do."""
     if console.color_system is not None:
         return "", ""
     return ("⟦", "⟧") if console.encoding.startswith("utf") else ("[[", "]]")
+
+
+def preview_preferences(
+    config: PreferenceDataConfig,
+    data: PreferenceData,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    *,
+    num_rows: int,
+) -> None:
+    """As `preview_samples`, of the answers that preference training compares."""
+    print_counts(config, data, console)
+    rows = first_of_each_stream(data) if config.streaming else data.train
+    lengths = [max(len(answer.token_ids) for answer in row.answers) for row in rows]
+    print_histogram("Longest answer", lengths, "data.max_length", 1, config.max_length, console)
+    marks = _explained_marks(console)
+    for row in spread(rows, data.train_sizes, num_rows):
+        for answer, is_chosen in zip(row.answers, row.is_chosen, strict=True):
+            word = "chosen, or desirable" if is_chosen else "rejected, or undesirable"
+            console.print()
+            console.print(Text(word, style="bold"), end="")
+            _print_sample(answer, tokenizer, marks, console)
+    for notice in data.notices:
+        console.print(Text(f"\nNote: {notice}", style="yellow"))
 
 
 def _print_sample(

@@ -15,7 +15,7 @@ from rlsys.data.load import Loaded, texts_of
 from rlsys.data.streams.base import T
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
-from rlsys.types import Prompt
+from rlsys.types import Preference, Prompt, Sample, ScoredRow
 
 BINS = 12
 """Lines of the histogram, roughly."""
@@ -29,8 +29,14 @@ def first_of_each_stream(data: Loaded[T]) -> list[T]:
     found: dict[str, T] = {}
     for stream in data.streams:
         for row in stream.take(STREAMED_ROWS):
-            found.setdefault(row.prompt_id if isinstance(row, Prompt) else row.sample_id, row)
+            found.setdefault(_id(row), row)
     return list(found.values())
+
+
+def _id(row: Prompt | Sample | Preference | ScoredRow) -> str:
+    if isinstance(row, Prompt):
+        return row.prompt_id
+    return row.sample_id if isinstance(row, Sample) else row.row_id
 
 
 def spread(rows: list[T], sizes: list[int], num_rows: int) -> list[T]:

@@ -17,7 +17,7 @@ from rlsys.commands.eval_results import (
     result_folders,
 )
 from rlsys.commands.merged_model import with_merged_adapter
-from rlsys.config import Config, SftConfig
+from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.config.method import schema_of
 from rlsys.problems import ProblemsError
@@ -101,10 +101,11 @@ def _config_of(sources: list[ModelSource]) -> Path:
             "taken: rlsys eval MODEL_OR_RUN... CONFIG"
         )
     path = next(iter(runs.values())).config
-    if schema_of(path) is SftConfig:
+    schema = schema_of(path)
+    if schema is not Config:
         raise ValueError(
-            f"{path} is a config of `rlsys sft`, without prompts and rewards to evaluate by: name "
-            "a CONFIG for `rlsys grpo` behind the run: rlsys eval RUN CONFIG"
+            f"{path} is a config of `rlsys {schema.command}`, without prompts and rewards to "
+            "evaluate by: name a CONFIG for `rlsys grpo` behind the run: rlsys eval RUN CONFIG"
         )
     print(f"config: {path}")
     return path

@@ -10,12 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsys.commands.console import make_console
+from rlsys.commands.explain_distill import DISTILL_PARTS
 from rlsys.commands.explain_experts import describe_experts
 from rlsys.commands.explain_grpo import GRPO_PARTS
 from rlsys.commands.explain_options import describe_pipeline
 from rlsys.commands.explain_parts import Parts
+from rlsys.commands.explain_preference import PREFERENCE_PARTS
+from rlsys.commands.explain_reward_model import REWARD_MODEL_PARTS
 from rlsys.commands.explain_sft import SFT_PARTS
-from rlsys.config import RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.fields import (
     config_fields,
     first_sentence,
@@ -58,6 +68,16 @@ _MIN_MEANING = 40
 _ORIGIN_STYLES = {"default": "dim", "command line": "bold green"}
 
 
+PARTS: dict[type[RunConfig], Parts[Any]] = {
+    Config: GRPO_PARTS,
+    SftConfig: SFT_PARTS,
+    PreferenceConfig: PREFERENCE_PARTS,
+    RewardModelConfig: REWARD_MODEL_PARTS,
+    DistillConfig: DISTILL_PARTS,
+}
+"""What is different between methods."""
+
+
 def main(args: argparse.Namespace) -> bool:
     """Explain a config; returns whether it could run."""
     schema = schema_of(args.config, args.overrides)
@@ -72,7 +92,7 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
         Whether the config could run. A problem of this machine alone, such as a missing file, is
         shown and does not count.
     """
-    parts: Parts[Any] = SFT_PARTS if isinstance(resolved.config, SftConfig) else GRPO_PARTS
+    parts = PARTS[type(resolved.config)]
     device = guess_device(resolved.config)
 
     def place(config: RunConfig) -> RunConfig:
@@ -89,7 +109,8 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
     actors = [*_describe_actors(config, parts, device), *describe_pipeline(config.policy)]
     print_pairs(console, f"Actors on {device}", actors)
     try:
-        shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+        folder = find_model_folder(config.model.path)
+        shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     except ValueError:  # one of the problems, which are printed last
         print_pairs(console, "Saved", describe_saving(config, None))
         console.print("\nModel config not available here: memory not estimated, nor disk")

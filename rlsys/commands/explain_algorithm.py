@@ -44,6 +44,7 @@ def describe_algorithm(config: Config) -> list[tuple[str, str]]:
         ("advantages", _advantages_text(grpo)),
         ("loss", _loss_text(config)),
         ("KL to the reference", _kl_text(grpo)),
+        *_teacher_pair(config),
         ("old_logprobs", _old_text(config)),
         ("off-policy correction", _correction_text(grpo)),
     ]
@@ -153,6 +154,15 @@ def _kl_text(grpo: GrpoConfig) -> str:
         return f"{grpo.beta:g} x {grpo.kl_estimator or 'k1'}, subtracted from the reward"
     corrected = ", times the ratio" if grpo.use_bias_correction_kl else ""
     return f"{grpo.beta:g} x {grpo.kl_estimator or 'k3'}{corrected}, added to the loss"
+
+
+def _teacher_pair(config: Config) -> list[tuple[str, str]]:
+    """On-policy distillation, if the run has a teacher."""
+    if config.used_teacher is None:
+        return []
+    own = "policy's" if config.recompute_old_logprobs else "rollout engine's"
+    text = f"advantages + {config.grpo.opd_kl_coef:g} x (log-prob of {config.teacher.path} - {own})"
+    return [("teacher", text)]
 
 
 def _old_text(config: Config) -> str:

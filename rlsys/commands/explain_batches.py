@@ -57,7 +57,8 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
 
 def per_rank(config: RunConfig) -> str:
     """Rows of an optimizer step that one data-parallel rank has."""
-    policy, per_step, ranks = config.policy, config.global_batch_size, config.data_parallel_size
+    policy, ranks = config.policy, config.data_parallel_size
+    per_step = config.global_batch_size // config.rows_together
     return (
         f"{per_step // ranks} = {per_step} / {ranks} data-parallel ranks (world_size "
         f"{policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
@@ -67,7 +68,7 @@ def per_rank(config: RunConfig) -> str:
 
 def micro_batches(config: RunConfig, noun: str) -> str:
     """How the rows of a rank, each called `noun`, are cut into forward passes."""
-    rows = config.global_batch_size // config.data_parallel_size
+    rows = config.global_batch_size // config.rows_together // config.data_parallel_size
     if config.policy.max_tokens_per_micro_batch is None:
         size = min(config.policy.micro_batch_size, rows)
         count = math.ceil(rows / size)

@@ -12,12 +12,11 @@ from rlsys.commands.explain_options import describe_passed_through, describe_sam
 from rlsys.commands.explain_parts import Pairs, Parts
 from rlsys.config import Config
 from rlsys.model.adapters import describe_adapter_sync
-from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_reward_model
-from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.shape import ModelShape
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS
-from rlsys.preflight.memory import gpu_warnings
+from rlsys.preflight.memory import frozen_shapes, gpu_warnings
 from rlsys.preflight.rewards import reward_start_problem
 from rlsys.problems import Problem
 from rlsys.types import Device
@@ -56,11 +55,9 @@ def _weights(config: Config, shape: ModelShape, device: Device) -> Pairs:
 def _memory(
     config: Config, shape: ModelShape, device: Device
 ) -> tuple[list[MemoryEstimate], list[str]]:
-    reference = shape
-    if config.has_reference_model:
-        reference = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
     of_rewards, unknown = _reward_model_memory(config, device)
-    return [*estimate_memory(config, shape, reference, device=device), *of_rewards], unknown
+    estimates = estimate_memory(config, shape, *frozen_shapes(config, shape), device=device)
+    return [*estimates, *of_rewards], unknown
 
 
 def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEstimate], list[str]]:

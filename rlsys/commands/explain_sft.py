@@ -13,7 +13,7 @@ from rlsys.commands.explain_batches import (
 )
 from rlsys.commands.explain_options import describe_megatron_kwargs
 from rlsys.commands.explain_parts import Pairs, Parts
-from rlsys.config import SftConfig
+from rlsys.config import RunConfig, SftConfig
 from rlsys.data.samples import long_rows
 from rlsys.model.memory import MemoryEstimate, estimate_policy
 from rlsys.model.shape import ModelShape
@@ -76,7 +76,7 @@ def describe_training(config: SftConfig) -> Pairs:
         ),
         ("longer rows", f"over data.max_length {data.max_length:,} tokens: {_longer(config)}"),
         ("order", _order(config)),
-        ("learning rate", _learning_rate(config)),
+        ("learning rate", learning_rate(config)),
     ]
     return pairs
 
@@ -98,7 +98,8 @@ def _order(config: SftConfig) -> str:
     return order
 
 
-def _learning_rate(config: SftConfig) -> str:
+def learning_rate(config: RunConfig) -> str:
+    """What becomes of the learning rate over the steps."""
     policy = config.policy
     warmup = f"from 0 to {policy.lr:g} over {policy.warmup_ratio:.0%} of the steps, then "
     text = warmup if policy.warmup_ratio else ""
@@ -118,7 +119,7 @@ def sample_arithmetic(config: SftConfig) -> Pairs:
         ("samples per step", f"{samples} = policy.global_batch_size{by_default}"),
         ("  of these, a rank has", per_rank(config)),
         ("  in micro-batches", micro_batches(config, "sample")),
-        ("tokens a sample, at most", f"{config.longest_row:,} = data.max_length"),
+        ("tokens a sample, at most", f"{config.longest_row:,} = {config.longest_row_is}"),
         ("tokens per step, at most", f"{samples * config.longest_row:,}"),
         *_run_length(config),
     ]

@@ -19,9 +19,10 @@ import ray
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.algo.finite import PER_TOKEN, found_text, nonfinite_entries
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, RewardModelConfig, RunConfig
 from rlsys.config.load import load_config_as
 from rlsys.config.local_paths import with_absolute_paths
+from rlsys.config.method import schema_of_command
 from rlsys.config.roles import RoleName
 from rlsys.engines.step_dump import CONFIG, Step, StepDump, installed_packages, read_step
 from rlsys.interrupts import interruptible
@@ -81,7 +82,13 @@ class ReplayRank(PolicyRank):
 
 def replay_config(dump: StepDump, overrides: Sequence[str]) -> RunConfig:
     """The config of the run, changed by words of the command line, with the dump's weights."""
-    schema: type[RunConfig] = SftConfig if dump.method == "sft" else Config
+    schema = schema_of_command(dump.method)
+    if schema is RewardModelConfig:
+        raise ValueError(
+            f"{dump.folder} is of `rlsys reward-model`, whose steps `rlsys replay` cannot take "
+            "again: it looks at log-probs, and a score head has none. step.json in it names the "
+            "numbers that were not finite"
+        )
     config = with_absolute_paths(load_config_as(schema, dump.folder / CONFIG, overrides).config)
     if isinstance(config, Config):  # no engines share the policy's GPUs
         config = config.model_copy(update={"placement": "dedicated"})

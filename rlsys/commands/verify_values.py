@@ -204,14 +204,14 @@ def _same_float32(recorded: float, expected: float) -> bool:
 def _step_metrics(config: Config, groups: list[RolloutGroup], *, known: bool) -> dict[str, float]:
     """What a step logs about its completions."""
     batch = _batch(groups)
-    depends_on_kl = config.grpo.kl_in_reward and config.grpo.beta > 0
-    if not depends_on_kl:
+    need_logprobs = config.grpo.advantages_need_logprobs
+    if not need_logprobs:
         weights = config.reward.reward_weights
         batch.advantages = compute_advantages(groups, batch, config.grpo, weights)
     mask_truncated = config.grpo.mask_truncated_completions
     leave_out(batch, groups, mask_truncated_completions=mask_truncated)
     metrics = _without(rollout_metrics(groups, batch), known=known)
-    return {n: v for n, v in metrics.items() if not (depends_on_kl and n.startswith("advantages/"))}
+    return {n: v for n, v in metrics.items() if not (need_logprobs and n.startswith("advantages/"))}
 
 
 def _batch(groups: list[RolloutGroup]) -> TrainBatch:

@@ -45,6 +45,8 @@ PRESETS: dict[str, LossSettings] = {
 }
 """Every built-in loss. A user's own loss has the settings of grpo."""
 
+GKD = "gkd"
+"""The loss of distillation, which no config of GRPO can name."""
 WARM_START_LOSSES = ("sft",)
 """Losses that ignore rewards; `grpo.loss_type` refuses them."""
 CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "dual_clip", "gspo", "luspo", "clip_cov")

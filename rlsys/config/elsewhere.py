@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from rlsys.config.distill import DistillConfig
 from rlsys.config.fields import config_fields, show_default
+from rlsys.config.preference import PreferenceConfig
+from rlsys.config.reward_model import RewardModelConfig
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 
 TABLES: dict[type[RunConfig], Path] = {
     Config: Path(__file__).with_name("names_elsewhere.txt"),
     SftConfig: Path(__file__).with_name("names_elsewhere_sft.txt"),
+    PreferenceConfig: Path(__file__).with_name("names_elsewhere_preference.txt"),
+    RewardModelConfig: Path(__file__).with_name("names_elsewhere_reward_model.txt"),
+    DistillConfig: Path(__file__).with_name("names_elsewhere_distill.txt"),
 }
 """Names that a table lacks are those of the first one."""
 NOT_NEEDED, NOT_SUPPORTED = "-", "!"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config.dataset_spec import is_local_path
+from rlsys.config.preference import PreferenceConfig
 from rlsys.config.roles import RoleName
-from rlsys.config.schema import AnyConfig, Config, RunConfig
+from rlsys.config.schema import AnyConfig, Config, ReferenceConfig, RunConfig
 
 JOB_COPY = "working_dir_files"
 """Name of the folder into which `ray job submit --working-dir` unpacks its copy."""
@@ -51,12 +52,16 @@ def needed_paths(
     plugins: dict[str, tuple[list[str], tuple[RoleName, ...]]] = {
         "data.external_plugins": (config.data.external_plugins, ("reward", "reward_model"))
     }
-    if isinstance(config, Config):
+    if isinstance(config, Config | PreferenceConfig):
         needed.append(NeededPath(config.reference_path, "reference.path", ("reference",)))
+    if isinstance(config, Config):
         needed += _needed_by_rewards(config)
         own = config.reward.external_plugins
         plugins["reward.external_plugins"] = (own, ("reward", "reward_model"))
         plugins["grpo.external_plugins"] = (config.grpo.external_plugins, ("policy",))
+    if config.teacher_path is not None:
+        # The policy's ranks read its output weight.
+        needed.append(NeededPath(config.teacher_path, "teacher.path", ("policy", "teacher")))
     for field, (paths, roles) in plugins.items():
         folders = dict.fromkeys(Path(path).resolve().parent for path in paths)
         beside = [file for folder in folders for file in beside_plugins.get(folder, ())]
@@ -87,8 +92,12 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     if lora is not None and lora.path is not None:
         lora = lora.model_copy(update={"path": _absolute(lora.path)})
         updates["policy"] = {"lora": lora}
+    if config.teacher_path is not None:
+        updates["teacher"] = {"path": _absolute(config.teacher_path)}
     if isinstance(config, Config):
         updates |= _of_grpo(config)
+    elif isinstance(config, PreferenceConfig):
+        updates["reference"] = _of_reference(config.reference)
     return config.model_copy(
         update={
             section: getattr(config, section).model_copy(update=values)
@@ -109,13 +118,17 @@ def _of_grpo(config: Config) -> dict[str, dict[str, Any]]:
         speculation = config.rollout.speculation | {"model": _absolute(draft)}
     return {
         "rollout": {"speculative_config": speculation},
-        "reference": {"path": config.reference.path and _absolute(config.reference.path)},
+        "reference": _of_reference(config.reference),
         "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
         "reward": {
             "external_plugins": _all_absolute(reward.external_plugins),
             "reward_params": reward.reward_params | params,
         },
     }
+
+
+def _of_reference(reference: ReferenceConfig) -> dict[str, Any]:
+    return {"path": reference.path and _absolute(reference.path)}
 
 
 def check_is_here(path: str) -> None:

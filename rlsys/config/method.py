@@ -7,12 +7,21 @@ from pathlib import Path
 
 import yaml
 
+from rlsys.config.distill import DistillConfig
 from rlsys.config.fields import config_fields, config_sections
+from rlsys.config.preference import PreferenceConfig
+from rlsys.config.reward_model import RewardModelConfig
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 from rlsys.config.yaml_text import load_yaml
 
-METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig)
+METHODS: tuple[type[RunConfig], ...] = (
+    Config,
+    SftConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    DistillConfig,
+)
 """The class of config of each command that trains."""
 
 
@@ -21,10 +30,12 @@ def schema_of_command(command: str) -> type[RunConfig]:
     return next((schema for schema in METHODS if schema.command == command), Config)
 
 
-def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] | type[SftConfig]:
-    """The class of a config: `SftConfig` if no section of GRPO alone is in the file or the words.
+def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig]:
+    """The class of a config, by its sections: of the method that alone has one of them.
 
-    A file that cannot be read is GRPO's, whose loading reports what is wrong with it.
+    A file without such a section is GRPO's if it has one that supervised training has not, and
+    else for supervised training. One with sections of GRPO and of another method is the other's. A
+    file that cannot be read is GRPO's, whose loading reports what is wrong with it.
     """
     try:
         values = load_yaml(Path(path).read_text("utf-8"))
@@ -33,14 +44,25 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] |
     if not isinstance(values, dict):
         return Config
     names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
-    return (
-        SftConfig if _own_sections(SftConfig, names) or not _own_sections(Config, names) else Config
-    )
+    others_first: list[type[RunConfig]] = [*_special_first(METHODS[1:]), Config]
+    beyond_sft = config_sections(Config).keys() - config_sections(SftConfig).keys()
+    shared = Config if beyond_sft & {name.partition(".")[0] for name in names} else SftConfig
+    return next((schema for schema in others_first if _own_sections(schema, names)), shared)
+
+
+def _special_first(schemas: Iterable[type[RunConfig]]) -> list[type[RunConfig]]:
+    """A method that adds sections to another's comes before it."""
+    return sorted(schemas, key=lambda schema: -len(schema.mro()))
 
 
 def _own_sections(schema: type[RunConfig], names: Iterable[str]) -> list[str]:
-    """The sections of these names that only configs of `schema` have."""
-    others = {name for other in METHODS if other is not schema for name in config_sections(other)}
+    """The sections of these names that only configs of `schema`, or based on it, have."""
+    others = {
+        name
+        for other in METHODS
+        if not issubclass(other, schema)
+        for name in config_sections(other)
+    }
     own = [name for name in config_sections(schema) if name not in others]
     given = {name.partition(".")[0] for name in names}
     return [name for name in own if name in given]
@@ -58,7 +80,7 @@ def for_other_command(
     """
     if _own_sections(schema, names):
         return None
-    for other in METHODS:
+    for other in _special_first(METHODS):
         if sections := _own_sections(other, names):
             named = f"the section{'s' if sections[1:] else ''} {', '.join(sections)}"
             return (

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from rlsys.config import Config, RunConfig
+from rlsys.config import Config, ReferencedConfig, RunConfig
 from rlsys.config.rules_colocated import colocation_obstacles
 from rlsys.config.schema import AnyConfig
 from rlsys.text import counted
 from rlsys.types import Device
 
-RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
+RoleName = Literal["policy", "rollout", "reference", "teacher", "reward_model", "reward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Role:
 
     name: RoleName
     rank: int
-    """Number of the policy or reference rank, the engine, the reward model or the worker."""
+    """Number of the rank, the engine, the reward model or the worker."""
     gpus: int
     """Whole GPUs of its own; 0 on CPU, and 0 for a role that shares another's GPU."""
     cpu_threads: int
@@ -54,8 +55,10 @@ def decide_cpu_threads(config: AnyConfig, *, device: Device, cores: int) -> AnyC
     if config.policy.cpu_threads != "auto":
         return config
     threads, ranks = 1, config.policy.world_size
-    if isinstance(config, Config) and config.has_reference_model:
+    if isinstance(config, ReferencedConfig) and config.has_reference_model:
         ranks = max(ranks, config.reference.world_size)
+    if config.used_teacher is not None:
+        ranks = max(ranks, config.used_teacher.world_size)
     samples_ahead = isinstance(config, Config) and config.rollout.max_staleness > 0
     if device == "cpu" and not samples_ahead:
         threads = max(1, cores // ranks)
@@ -68,22 +71,22 @@ def _num_gpus(config: RunConfig) -> int:
 
 
 def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
-    """Every actor of the run: policy; in GRPO rollout, reference, reward models and workers.
+    """Every actor of the run: policy, teacher, reference; in GRPO rollout, reward models, workers.
 
     `placement: auto` counts as dedicated; see `decide_placement`.
     """
     gpu, policy = 1 if device == "cuda" else 0, config.policy
     roles = [Role("policy", rank, gpu, policy.num_cpu_threads) for rank in range(policy.world_size)]
-    return roles + _roles_beside_policy(config, gpu) if isinstance(config, Config) else roles
+    if config.sampler is not None:
+        roles += _engine_roles(config.sampler, gpu)
+    if isinstance(config, ReferencedConfig):
+        roles += _reference_roles(config, gpu)
+    roles += _teacher_roles(config, gpu)
+    return roles + _reward_roles(config, gpu) if isinstance(config, Config) else roles
 
 
-def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
-    policy, rollout, reference, reward = (
-        config.policy,
-        config.rollout,
-        config.reference,
-        config.reward,
-    )
+def _engine_roles(config: Config, gpu: int) -> list[Role]:
+    rollout = config.rollout
     roles: list[Role] = []
     for rank in range(rollout.num_engines):
         threads = rollout.tensor_parallel_size
@@ -95,25 +98,42 @@ def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
             roles.append(Role("rollout", rank, gpu * threads, threads))
         else:
             roles.append(Role("rollout", rank, 0, threads, shares_gpu_of=("rollout", first)))
+    return roles
 
-    def beside_policy(name: RoleName, rank: int, threads: int, *, shares: bool) -> Role:
-        """An actor with a GPU of its own, or one that shares the GPU of a policy rank."""
-        if gpu and shares:
-            return Role(name, rank, 0, threads, ("policy", rank % policy.world_size))
-        return Role(name, rank, gpu, threads)
 
-    if config.has_reference_model:
-        roles += [
-            beside_policy(
-                "reference", rank, policy.num_cpu_threads, shares=reference.placement == "policy"
-            )
-            for rank in range(reference.world_size)
-        ]
-    roles += [
-        beside_policy("reward_model", i, 1, shares=reward.reward_model_placement == "policy")
-        for i in range(len(reward.models))
-    ]
+def _reference_roles(config: ReferencedConfig, gpu: int) -> list[Role]:
+    if not config.has_reference_model:
+        return []
+    reference = config.reference
+    beside = partial(_beside_policy, config, gpu, shares=reference.placement == "policy")
+    threads = config.policy.num_cpu_threads
+    return [beside("reference", rank, threads) for rank in range(reference.world_size)]
+
+
+def _teacher_roles(config: RunConfig, gpu: int) -> list[Role]:
+    teacher = config.used_teacher
+    if teacher is None:
+        return []
+    beside = partial(_beside_policy, config, gpu, shares=teacher.placement == "policy")
+    threads = config.policy.num_cpu_threads
+    return [beside("teacher", rank, threads) for rank in range(teacher.world_size)]
+
+
+def _reward_roles(config: Config, gpu: int) -> list[Role]:
+    reward = config.reward
+    shares = reward.reward_model_placement == "policy"
+    beside = partial(_beside_policy, config, gpu, shares=shares)
+    roles = [beside("reward_model", i, 1) for i in range(len(reward.models))]
     return roles + [Role("reward", rank, 0, 1) for rank in range(reward.num_workers)]
+
+
+def _beside_policy(
+    config: RunConfig, gpu: int, name: RoleName, rank: int, threads: int, *, shares: bool
+) -> Role:
+    """An actor with a GPU of its own, or one that shares the GPU of a policy rank."""
+    if gpu and shares:
+        return Role(name, rank, 0, threads, ("policy", rank % config.policy.world_size))
+    return Role(name, rank, gpu, threads)
 
 
 def groups_on_one_node(config: RunConfig, owners: Sequence[Role]) -> list[list[Role]]:
@@ -123,8 +143,10 @@ def groups_on_one_node(config: RunConfig, owners: Sequence[Role]) -> list[list[R
     numbers them first. An engine is a group by itself; its workers are below it.
     """
     sizes: dict[RoleName, int] = {"policy": config.policy.tensor_parallel_size}
-    if isinstance(config, Config):
+    if isinstance(config, ReferencedConfig):
         sizes["reference"] = config.reference.tensor_parallel_size
+    if config.used_teacher is not None:
+        sizes["teacher"] = config.used_teacher.tensor_parallel_size
     groups: dict[tuple[RoleName, int], list[Role]] = {}
     for role in owners:
         groups.setdefault((role.name, role.rank // sizes.get(role.name, 1)), []).append(role)
@@ -163,6 +185,7 @@ GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {
         "lower rollout.num_engines or rollout.tensor_parallel_size, raise rollout.engines_per_gpu",
     ),
     "reference": (0, "set reference.placement to policy"),
+    "teacher": (0, "set teacher.placement to policy"),
     "reward_model": (0, "set reward.reward_model_placement to policy"),
 }
 """Role -> the fewest GPUs it can do with, and how to make it use fewer."""

@@ -22,12 +22,13 @@ from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.config.rules_profile import profile_problems
 from rlsys.config.rules_reward import reward_problems
 from rlsys.config.rules_speculation import speculation_problems
+from rlsys.config.rules_teacher import teacher_problems
 from rlsys.config.rules_trained import trained_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config, DataConfig, RowsConfig, RunConfig
+    from rlsys.config.schema import Config, DataConfig, ReferenceConfig, RowsConfig, RunConfig
 
 
 OWN_TEMPLATE_ARGUMENTS = (
@@ -54,9 +55,10 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_prompt_problems(config.data),
         *_batch_problems(config),
         *(() if config.reference_is_base else _reference_problems(config)),
+        *teacher_problems(config),
         *adapter_rules(config),
         *_clip_problems(config),
-        *reward_problems(config.reward),
+        *reward_problems(config.reward, has_teacher=config.used_teacher is not None),
         *eval_problems(config),
         *algorithm_problems(config),
         *_engine_problems(config),
@@ -126,7 +128,8 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
 
 
 def _policy_rank_problems(config: RunConfig) -> Iterator[Problem]:
-    policy, ranks, step = config.policy, config.policy.world_size, config.global_batch_size
+    policy, ranks = config.policy, config.policy.world_size
+    step = config.global_batch_size // config.rows_together
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
     cp, ep = policy.context_parallel_size, policy.expert_model_parallel_size
     if ranks % (tp * pp * cp):
@@ -155,12 +158,24 @@ def _policy_rank_problems(config: RunConfig) -> Iterator[Problem]:
     if widest > 1 and policy.attention_backend == "unfused":
         yield Problem(
             f"policy.attention_backend = unfused cannot work with context_parallel_size = {widest} "
-            "(of the policy or the reference): use auto, fused or flash"
+            "(of the policy, the reference or the teacher): use auto, fused or flash"
         )
 
 
 def _reference_problems(config: Config) -> Iterator[Problem]:
     reference, beta = config.reference, config.grpo.beta
+    if reference.sync_steps is not None and beta == 0:
+        yield Problem(
+            f"reference.sync_steps = {reference.sync_steps}, but with grpo.beta = 0 there is no "
+            "reference: set grpo.beta, or leave sync_steps out"
+        )
+    yield from reference_rank_problems(reference, config.policy.world_size, has_reference=beta > 0)
+
+
+def reference_rank_problems(
+    reference: ReferenceConfig, policy_ranks: int, *, has_reference: bool
+) -> Iterator[Problem]:
+    """Rules about the ranks of a reference that is a model of its own."""
     tp, cp = reference.tensor_parallel_size, reference.context_parallel_size
     if reference.world_size % (tp * cp):
         yield Problem(
@@ -168,17 +183,12 @@ def _reference_problems(config: Config) -> Iterator[Problem]:
             f"reference.tensor_parallel_size {tp} x context_parallel_size {cp} = {tp * cp}: use "
             f"{near_multiples(reference.world_size, tp * cp)} ranks"
         )
-    if reference.sync_steps is not None and beta == 0:
-        yield Problem(
-            f"reference.sync_steps = {reference.sync_steps}, but with grpo.beta = 0 there is no "
-            "reference: set grpo.beta, or leave sync_steps out"
-        )
-    ranks, shares = config.policy.world_size, beta > 0 and reference.placement == "policy"
-    if shares and reference.world_size > ranks:
+    shares = has_reference and reference.placement == "policy"
+    if shares and reference.world_size > policy_ranks:
         yield Problem(
             f"reference.world_size = {reference.world_size} is more than the policy's ranks, "
-            f"policy.world_size = {ranks}, whose GPUs it shares (reference.placement = policy): "
-            "lower it, or set reference.placement to own"
+            f"policy.world_size = {policy_ranks}, whose GPUs it shares (reference.placement = "
+            "policy): lower it, or set reference.placement to own"
         )
 
 

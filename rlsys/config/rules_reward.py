@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from rlsys.config.schema import RewardConfig
 
 
-def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
-    """Every rule within the reward section that `reward` breaks."""
+def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Iterator[Problem]:
+    """Every rule within the reward section that `reward` breaks.
+
+    With a teacher there is something to learn without a reward.
+    """
     names, weights = reward.names, reward.reward_weights
     if not names:
         yield Problem(
@@ -34,7 +37,7 @@ def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
             f"reward.reward_model ({', '.join(names)}): give one weight for each, or leave it out "
             "for 1 each"
         )
-    if weights and not any(weights):
+    if weights and not any(weights) and not has_teacher:
         yield Problem(
             "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
             "reward function another weight"

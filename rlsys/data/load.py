@@ -390,7 +390,8 @@ def split_prompts(
 
 def text_of(row: T | Row) -> bytes:
     """The token ids of a row, equal for rows with the same text."""
-    return np.asarray(row.token_ids, dtype=np.int32).tobytes()
+    ids = row.all_token_ids if isinstance(row, Row) else row.token_ids
+    return np.asarray(ids, dtype=np.int32).tobytes()
 
 
 def texts_of(rows: Sequence[T]) -> set[bytes]:

@@ -58,6 +58,14 @@ class Row:
     completion: str | None = None
     """For supervised training, the text to train on after `text`."""
 
+    rejected: Row | None = None
+    """For preference training, the conversation with the rejected answer; this row has the chosen
+    one. It and the next one are set by `parse_pair` and `parse_labelled`."""
+    label: bool | None = None
+    """For preference training on single answers, whether this one is desirable."""
+    labels: tuple[float, ...] = ()
+    """For a score head, what the scores of the row are compared with, see `ScoredRow.label`."""
+
     token_ids: list[int] = field(default_factory=list)
     """The rendered prompt or conversation. It and the next two are set by rendering."""
     target_mask: np.ndarray | None = None
@@ -71,6 +79,11 @@ class Row:
     def is_usable(self) -> bool:
         """Whether nothing is wrong with the row so far, and nothing leaves it out."""
         return not self.problem and not self.dropped
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        """The token ids, also of a rejected answer."""
+        return self.token_ids + ([] if self.rejected is None else self.rejected.token_ids)
 
     @property
     def needs_template(self) -> bool:

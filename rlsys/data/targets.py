@@ -52,21 +52,21 @@ def parse_sample(
         name = next((n for n in _COMPLETIONS if row.columns.get(n) is not None), None)
         if name is None:
             raise BadRow(f"has nothing to train on: none of {', '.join(_COMPLETIONS)} is there")
-        completion = _text_of(row.columns[name], name)
+        completion = answer_text(row.columns[name], name)
         fill_template(row, template)
-        _leave_out(row, name, *template_columns(template))
+        leave_out(row, name, *template_columns(template))
         row.completion = completion
         row.messages.append({"role": "assistant", "content": completion})
         row.targets = [len(row.messages) - 1]
         return
     reading = read_row(row)
-    first = _add_answer(row, reading)
+    first = add_answer(row, reading)
     if not reading.messages:
         raise BadRow("the conversation is only an empty system message")
     number = len(reading.messages)
     finish_row(row, reading, system=system)
     first += len(row.messages) - number
-    row.targets = _targets(row.messages, first, loss_on)
+    row.targets = targets_of(row.messages, first, loss_on)
     row.messages = [{k: v for k, v in m.items() if k != LOSS} for m in row.messages]
 
 
@@ -90,8 +90,8 @@ def parse_text(row: Row) -> None:
             f"has no column {TEXT!r}, which sft.objective pretrain reads; it has "
             f"{', '.join(values) or 'none'}. Name the column with data.columns: {{NAME: {TEXT}}}"
         )
-    row.format, row.text, row.is_raw = TEXT, _text_of(given, TEXT), True
-    _leave_out(row, TEXT, "messages")
+    row.format, row.text, row.is_raw = TEXT, answer_text(given, TEXT), True
+    leave_out(row, TEXT, "messages")
 
 
 def fill_names(row: Row, names: dict[str, list[str]]) -> set[str]:
@@ -122,7 +122,7 @@ def fill_names(row: Row, names: dict[str, list[str]]) -> set[str]:
         if row.completion is not None:
             row.completion = row.completion.replace(placeholder, value)
     if found:
-        _leave_out(row, "tag")
+        leave_out(row, "tag")
     return set(found.values())
 
 
@@ -142,14 +142,14 @@ def _in_language(values: Sequence[str], tag: Any, placeholder: str, field: str) 
     return values[_LANGUAGES.index(tag)]
 
 
-def _add_answer(row: Row, reading: Reading) -> int:
+def add_answer(row: Row, reading: Reading) -> int:
     """Add the answer that stands in a column; returns the first message that may be a target."""
     messages, name = reading.messages, reading.answer_column
     if reading.column != "prompt":
         answer = row.columns.get(name)
         if answer is not None:
-            messages.append({"role": "assistant", "content": _text_of(answer, name)})
-            _leave_out(row, name)
+            messages.append({"role": "assistant", "content": answer_text(answer, name)})
+            leave_out(row, name)
         return 0
     first = len(messages)
     completion = row.columns.get(COMPLETION)
@@ -158,9 +158,9 @@ def _add_answer(row: Row, reading: Reading) -> int:
             "has a prompt and no column 'completion' to train on. If another column has the "
             "answer, name it with data.columns: {NAME: completion}"
         )
-    _leave_out(row, COMPLETION)
+    leave_out(row, COMPLETION)
     if isinstance(completion, str) and not completion.lstrip().startswith("["):
-        messages.append({"role": "assistant", "content": _text_of(completion, COMPLETION)})
+        messages.append({"role": "assistant", "content": answer_text(completion, COMPLETION)})
         if reading.is_text:
             row.completion = completion
     else:
@@ -168,7 +168,7 @@ def _add_answer(row: Row, reading: Reading) -> int:
     return first
 
 
-def _leave_out(row: Row, *names: str) -> None:
+def leave_out(row: Row, *names: str) -> None:
     """Drop columns that are now part of the conversation; those that are left are not read."""
     row.columns = {name: value for name, value in row.columns.items() if name not in names}
 
@@ -186,7 +186,7 @@ def _turns_or_text(completion: Any) -> Any:
     return [{"role": "assistant", "content": completion}]
 
 
-def _targets(messages: list[Message], first: int, loss_on: LossOn) -> list[int]:
+def targets_of(messages: list[Message], first: int, loss_on: LossOn) -> list[int]:
     """The indices of the turns to train on, from message `first` on."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     answers = [i for i in answers if i >= first]
@@ -221,7 +221,12 @@ def _flag(message: Message) -> bool | None:
     return bool(flag)
 
 
-def _text_of(value: Any, column: str) -> str:
+def answer_text(value: Any, column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        BadRow: it is another value, or empty.
+    """
     if not isinstance(value, str):
         raise BadRow(f"the column {column!r} is not a text: {value!r:.80}")
     if not value.strip():

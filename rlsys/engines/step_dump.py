@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlsys.algo.teacher_rows import FIELDS
 from rlsys.config import RunConfig
 from rlsys.config.load import save_config
 from rlsys.files import encode_row
 from rlsys.packages import installed_version
-from rlsys.types import TrainBatch
+from rlsys.types import TeacherRows, TrainBatch
 
 BATCH, STEP, CONFIG, WEIGHTS = "batch.safetensors", "step.json", "config.yaml", "weights"
 """Names in a dump."""
@@ -36,6 +37,8 @@ PACKAGES = (
 )
 """Those whose versions a dump notes."""
 _ROUTED = "routed_experts."
+_OF_TEACHER = {name: f"teacher.{name}." for name in FIELDS}
+"""Field of TeacherRows -> what the names of its rows begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class StepDump:
     packages: dict[str, str]
     """Name -> version of those that were installed."""
     method: str
-    """The command of the run: grpo or sft."""
+    """The command of the run, such as grpo."""
 
 
 def write_step(
@@ -174,17 +177,31 @@ def installed_packages() -> dict[str, str]:
 def _tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
     """The fields of a batch, each with memory of its own, as safetensors wants it."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    routed: Sequence[np.ndarray] = values.pop("routed_experts") or ()
+    lists = {_ROUTED: values.pop("routed_experts") or ()}
+    teacher = values.pop("teacher") or TeacherRows()
+    lists |= {prefix: getattr(teacher, name) for name, prefix in _OF_TEACHER.items()}
     tensors = {name: value.clone() for name, value in values.items() if value is not None}
-    rows = {f"{_ROUTED}{row}": torch.tensor(experts) for row, experts in enumerate(routed)}
-    return {name: value.contiguous() for name, value in (tensors | rows).items()}
+    for prefix, arrays in lists.items():
+        tensors |= {f"{prefix}{row}": torch.tensor(array) for row, array in enumerate(arrays)}
+    return {name: value.contiguous() for name, value in tensors.items()}
 
 
 def _batch(stored: Mapping[str, torch.Tensor]) -> TrainBatch:
-    routed = {
-        int(name.removeprefix(_ROUTED)): value.numpy()
+    teacher = {name: _arrays(stored, prefix) for name, prefix in _OF_TEACHER.items()}
+    prefixes = (_ROUTED, *_OF_TEACHER.values())
+    own = {name: value for name, value in stored.items() if not name.startswith(prefixes)}
+    return TrainBatch(
+        **own,
+        routed_experts=_arrays(stored, _ROUTED) or None,
+        teacher=TeacherRows(**teacher) if any(teacher.values()) else None,
+    )
+
+
+def _arrays(stored: Mapping[str, torch.Tensor], prefix: str) -> list[np.ndarray]:
+    """The arrays of the rows, whose names begin with `prefix`."""
+    rows = {
+        int(name.removeprefix(prefix)): value.numpy()
         for name, value in stored.items()
-        if name.startswith(_ROUTED)
+        if name.startswith(prefix)
     }
-    own = {name: value for name, value in stored.items() if not name.startswith(_ROUTED)}
-    return TrainBatch(**own, routed_experts=[routed[row] for row in sorted(routed)] or None)
+    return [rows[row] for row in sorted(rows)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsys.model.families.base import SCORE
 from rlsys.model.folder import read_json
 from rlsys.model.weight_files import read_header
 
@@ -118,7 +119,7 @@ def write_adapter_config(folder: Path, plan: LoraPlan, base_model: str) -> None:
         "peft_type": "LORA",
         "r": plan.rank,
         "target_modules": plan.target_modules,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if SCORE in plan.saved else "CAUSAL_LM",
         "use_rslora": plan.rslora,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", "utf-8")

@@ -92,13 +92,22 @@ def colocated_phases(
             _fewer_numbers(config),
         ),
     ]
-    reference = by_role.get("reference")
-    if reference is not None and config.reference.placement == "policy":
-        computes = sum(reference.gib.values()) - _idle(reference.gib)
-        held = {"reference": computes, "policy": kept, "engines (asleep)": asleep}
-        remedy = "set reference.placement to own, where there is another GPU, or grpo.beta to 0"
-        phases.insert(1, Phase("reference", held | others, remedy))
+    for role, coefficient in (("teacher", "opd_kl_coef"), ("reference", "beta")):
+        if _waits(config, by_role, role):
+            computes = by_role[role].total_gib - _idle(by_role[role].gib)
+            held = {role: computes, "policy": kept, "engines (asleep)": asleep}
+            remedy = (
+                f"set {role}.placement to own, where there is another GPU, or grpo.{coefficient} "
+                "to 0"
+            )
+            phases.insert(1, Phase(role, held | others, remedy))
     return phases
+
+
+def _waits(config: Config, by_role: Mapping[str, MemoryEstimate], role: str) -> bool:
+    """Whether a frozen model waits in host memory between its turns on the policy's GPUs."""
+    section = config.teacher if role == "teacher" else config.reference
+    return role in by_role and section.placement == "policy"
 
 
 def pinned_gib(
@@ -108,8 +117,8 @@ def pinned_gib(
     gpu_gib: float | None,
 ) -> dict[str, float]:
     """GiB of pinned host memory of one policy rank and the engines on its GPU, by what waits."""
-    by_role = {estimate.role: estimate.gib for estimate in estimates}
-    policy = next(estimate for estimate in estimates if estimate.role == "policy")
+    by_role = {estimate.role: estimate for estimate in estimates}
+    policy = by_role["policy"]
     waiting = {}
     if config.colocated.offload_optimizer:
         waiting["the optimizer's state"] = _pinned(policy.gib["optimizer"])
@@ -118,9 +127,10 @@ def pinned_gib(
     if syncs_adapter(config, shape, "cuda"):
         # The base is sent once, so that a sleeping engine keeps it.
         engines = config.rollout.engines_per_gpu
-        waiting["the engines' base weights"] = engines * by_role["rollout"]["weights"]
-    if "reference" in by_role and config.reference.placement == "policy":
-        waiting["the reference's weights"] = by_role["reference"]["weights"]
+        waiting["the engines' base weights"] = engines * by_role["rollout"].gib["weights"]
+    for role in ("reference", "teacher"):
+        if _waits(config, by_role, role):
+            waiting[f"the {role}'s weights"] = by_role[role].gib["weights"]
     return waiting
 
 
@@ -136,9 +146,10 @@ def _weights(engine: Mapping[str, float]) -> float:
 def _others(config: Config, by_role: Mapping[str, MemoryEstimate]) -> dict[str, float]:
     """Processes on the policy's GPU that take no turns, or hold something between them."""
     found = {}
-    reference, reward_model = by_role.get("reference"), by_role.get("reward_model")
-    if reference is not None and config.reference.placement == "policy":
-        found["reference (its process)"] = _idle(reference.gib)
+    reward_model = by_role.get("reward_model")
+    for role in ("reference", "teacher"):
+        if _waits(config, by_role, role):
+            found[f"{role} (its process)"] = _idle(by_role[role].gib)
     if reward_model is not None and config.reward.reward_model_placement == "policy":
         number = math.ceil(len(config.reward.models) / config.policy.world_size)
         found["reward models"] = number * reward_model.total_gib

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
+from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, SCORE, weight_table
 from rlsys.model.folder import read_json
 from rlsys.model.keys import ignored_prose
 from rlsys.model.other_kinds import quantized_as, quantized_problem
@@ -63,10 +63,10 @@ def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> li
     return [*problems, *_tokenizer_problems(folder, shape)] if has_prompts else problems
 
 
-def model_notes(folder: Path) -> list[str]:
-    """What a run ignores in config.json, and token ids that no text shows."""
+def model_notes(folder: Path, *, num_labels: int | None = None) -> list[str]:
+    """What a run ignores in config.json, and token ids that no text shows; as read_model_shape."""
     notes = []
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=num_labels)
     if shape.num_mtp_layers:
         notes.append(
             f"{folder}: the layers from {shape.num_layers} on, which predict further tokens "
@@ -146,7 +146,8 @@ def _table_problems(
         yield f"{folder}: {other_form}"
         return
     found = {name: tensor for name, tensor in stored.items() if name in expected}
-    missing = [name for name in expected if name not in stored]
+    # A run that trains a score head gives one to a model that has none yet.
+    missing = [name for name in expected if name not in stored and name != SCORE]
     if missing:
         hint = "weights and config.json are of different models, or the download is not complete"
         if missing == [HF_OUTPUT]:
@@ -210,6 +211,14 @@ def _shape_problems(
     found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
     wrong = [name for name, tensor in found.items() if tensor.shape != expected[name]]
+    if SCORE in wrong:
+        wrong.remove(SCORE)
+        outputs, trained = found[SCORE].shape[0], expected[SCORE][0]
+        yield (
+            f"{found[SCORE].file}: the score head has {outputs} outputs, and the run trains "
+            f"{trained}: set reward_model.num_labels to {outputs}, or start from a model without a "
+            "score head"
+        )
     for name in wrong[:_MAX_NAMED]:
         more = len(wrong) - _MAX_NAMED
         yield (

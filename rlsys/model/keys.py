@@ -101,12 +101,22 @@ _REMEDY = (
 )
 
 
-def key_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Keys and values in the config.json of a supported model_type that could be wrong."""
+def key_problems(values: dict[str, Any], *, is_classifier: bool = False) -> Iterator[str]:
+    """Keys and values in the config.json of a supported model_type that could be wrong.
+
+    `is_classifier`: the run gives the model a score head, so it may have one already.
+    """
     model_type = values["model_type"]
     family = FAMILIES[model_type]
     named = values.get("architectures")
-    if named not in (None, [], [family.architecture]):
+    if is_classifier and not family.has_classifier:
+        yield (
+            f"transformers has no sequence classifier of model_type {model_type!r}, so nothing "
+            "could read what the run saves: use another model"
+        )
+        return
+    allowed = [family.architecture, *([family.classifier] if is_classifier else [])]
+    if named not in (None, [], *([name] for name in allowed)):
         yield (
             f"architectures = {named!r}, and vLLM goes by it: a language model of type "
             f"{model_type} has [{family.architecture!r}]"

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import Config, RunConfig
+from rlsys.config import Config, ReferenceConfig, ReferencedConfig, RunConfig, TeacherConfig
 from rlsys.model.adapters import adapter_numbers, slot_rank
 from rlsys.model.folder import find_model_folder
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
@@ -42,6 +42,8 @@ _PROCESS_GIB = {
     ("policy", "cuda"): 1.5,
     ("rollout", "cuda"): 1.5,
     ("reference", "cuda"): 1.5,
+    ("teacher", "cpu"): 0.5,
+    ("teacher", "cuda"): 1.5,
     ("reward_model", "cpu"): 0.5,
     ("reward_model", "cuda"): 0.5,  # no collectives
 }
@@ -85,7 +87,12 @@ def estimate_policy(config: RunConfig, shape: ModelShape, *, device: Device) -> 
 
 
 def estimate_memory(
-    config: Config, shape: ModelShape, reference_shape: ModelShape, *, device: Device
+    config: Config,
+    shape: ModelShape,
+    reference_shape: ModelShape,
+    teacher_shape: ModelShape | None = None,
+    *,
+    device: Device,
 ) -> list[MemoryEstimate]:
     """One estimate for each kind of process that holds a model, besides reward models."""
     width = bytes_per_weight(config, device)
@@ -95,10 +102,36 @@ def estimate_memory(
         _estimate("rollout", device, _rollout(config, shape, device)),
     ]
     if config.has_reference_model:
-        estimates.append(
-            _estimate("reference", device, _reference(config, reference_shape, device))
-        )
+        estimates.append(estimate_reference(config, reference_shape, device=device))
+    if teacher_shape is not None:
+        estimates.append(estimate_teacher(config, teacher_shape, device=device))
     return estimates
+
+
+def estimate_reference(
+    config: ReferencedConfig, shape: ModelShape, *, device: Device
+) -> MemoryEstimate:
+    """The memory of a reference that is a model of its own."""
+    return _estimate("reference", device, _frozen(config, config.reference, shape, device))
+
+
+def estimate_teacher(config: RunConfig, shape: ModelShape, *, device: Device) -> MemoryEstimate:
+    """The memory of the teacher."""
+    assert config.used_teacher is not None
+    return _estimate("teacher", device, _frozen(config, config.used_teacher, shape, device))
+
+
+def with_head_of_teacher(
+    config: RunConfig, policy: MemoryEstimate, teacher: ModelShape, device: Device
+) -> MemoryEstimate:
+    """The policy's memory with the teacher's output weight, by which its logits are computed."""
+    tp, width = config.policy.tensor_parallel_size, bytes_per_weight(config, device)
+    name, num_bytes = "teacher's head", teacher.embedding_params / tp * width
+    return MemoryEstimate(
+        policy.role,
+        policy.gib | {name: num_bytes / GIB},
+        policy.formula | {name: f"its vocabulary x its hidden size x {width} bytes / TP {tp}"},
+    )
 
 
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
@@ -323,9 +356,14 @@ def _sequence_bytes_of_model(
     return total, texts
 
 
-def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
-    tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
-    tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
+def _frozen(
+    config: RunConfig,
+    section: ReferenceConfig | TeacherConfig,
+    shape: ModelShape,
+    device: Device,
+) -> list[Tensor]:
+    tp, width = section.tensor_parallel_size, bytes_per_weight(config, device)
+    tokens = -(-micro_batch_tokens(config) // section.context_parallel_size)
     return [
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
         (

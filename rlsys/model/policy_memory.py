@@ -275,7 +275,8 @@ def micro_batch_tokens(config: RunConfig) -> int:
     per_rank = config.global_batch_size // config.data_parallel_size
     if config.policy.max_tokens_per_micro_batch is not None:
         return min(config.policy.max_tokens_per_micro_batch, per_rank * config.longest_row)
-    return min(config.policy.micro_batch_size, per_rank) * config.longest_row
+    rows = config.policy.micro_batch_size * config.rows_together
+    return min(rows, per_rank) * config.longest_row
 
 
 def bytes_per_weight(config: RunConfig, device: Device) -> int:

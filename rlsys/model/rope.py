@@ -127,6 +127,18 @@ def num_positions(values: Mapping[str, Any]) -> int:
     return max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
 
 
+def longrope_switch(values: Mapping[str, Any]) -> int | None:
+    """Tokens beyond which transformers takes LongRoPE's other frequencies; None for other kinds.
+
+    It looks at the longest text of each batch.
+    """
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    switch: int = values["original_max_position_embeddings"]  # as `rope_problems` wants it
+    return switch
+
+
 def partial_problems(name: str, value: Any, family: ModelFamily) -> Iterator[str]:
     """A share of the head that is turned, where transformers' model turns another one."""
     if not _is_positive(value) or value > 1:

@@ -50,6 +50,8 @@ class ModelShape:
     """What attention multiplies its scores by; None: 1 / sqrt(head_dim)."""
     experts: Experts = NO_EXPERTS
     """Of the layers with experts."""
+    num_labels: int | None = None
+    """Outputs of a score head in place of the output head; None: a language model."""
 
     @property
     def model_type(self) -> str:
@@ -85,6 +87,8 @@ class ModelShape:
     def num_params(self) -> int:
         """All parameters; the final norm and a tied embedding count once."""
         embeddings = self.embedding_params * (1 if self.tied else 2)
+        if self.num_labels is not None:
+            embeddings = self.embedding_params + self.num_labels * self.hidden_size
         return embeddings + sum(self.layer_params(self.layers)) + self.hidden_size
 
     def is_in_mtp_layer(self, name: str) -> bool:
@@ -136,12 +140,16 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
+def read_model_shape(
+    folder: Path, *, may_bridge: bool = False, num_labels: int | None = None
+) -> ModelShape:
     """The shape in `folder/config.json`.
 
     Args:
         folder: the model folder.
         may_bridge: mcore-bridge may have the weights, see Config.may_bridge.
+        num_labels: outputs of the score head that the run gives the model; None: it stays a
+            language model.
 
     Raises:
         ValueError: config.json is missing, cannot be read, or is of a model that rlsys does not
@@ -153,7 +161,9 @@ def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
     family = FAMILIES.get(str(model_type))
     if family is None and ("text_config" in values or not may_bridge):
         raise ValueError(f"{file}: {unknown_type_problem(values, FAMILIES)}")
-    problems = [] if family is None else list(key_problems(values))
+    problems = (
+        [] if family is None else list(key_problems(values, is_classifier=num_labels is not None))
+    )
     if problems:
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
     try:
@@ -168,9 +178,10 @@ def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
             num_layers=values["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=values.get("num_key_value_heads") or num_heads,
-            tied=values.get("tie_word_embeddings", False),
+            tied=num_labels is None and values.get("tie_word_embeddings", False),
             max_position_embeddings=num_positions(values),
             layers=family.layers(values),
+            num_labels=num_labels,
             **{
                 "head_dim": values.get("head_dim") or values["hidden_size"] // num_heads,
                 **family.constants,

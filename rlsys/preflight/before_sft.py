@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from transformers import AutoTokenizer
 
 from rlsys.config import SftConfig
@@ -17,6 +19,8 @@ from rlsys.preflight.before_start import (
 from rlsys.preflight.sft import too_few
 from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.text import counted
+
+AnySftConfig = TypeVar("AnySftConfig", bound=SftConfig)
 
 
 def load_sample_data(config: SftConfig) -> SampleData:
@@ -51,7 +55,7 @@ def load_sample_data(config: SftConfig) -> SampleData:
     return data
 
 
-def fit_to_samples(config: SftConfig, data: SampleData) -> SftConfig:
+def fit_to_samples(config: AnySftConfig, data: SampleData) -> AnySftConfig:
     """The config with the number of steps."""
     for note in step_notes(config, len(data.train)):
         print(note, flush=True)

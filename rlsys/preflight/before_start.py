@@ -22,6 +22,7 @@ from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.rewards import reachable_rewards
+from rlsys.preflight.tokenizers import check_tokenizers
 from rlsys.preflight.trained import base_note
 from rlsys.problems import Problem, ProblemsError
 from rlsys.rewards.columns import column_problems_of_run, row_check, unread_columns
@@ -63,9 +64,15 @@ def find_model(config: RunConfig) -> tuple[Path, ModelShape]:
     """
     use_cache_without_hub(config)
     folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     if folder != Path(config.model.path):  # preflight saw only the config of a hub model
         check_model_folder(folder, shape, has_prompts=True)
+    if config.teacher_path is not None:
+        teacher = resolve_model_path(config.teacher_path)
+        if teacher != Path(config.teacher_path):
+            teacher_shape = read_model_shape(teacher, may_bridge=True)
+            check_model_folder(teacher, teacher_shape, has_prompts=True)
+        check_tokenizers(folder, teacher)
     return folder, shape
 
 

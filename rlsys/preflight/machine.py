@@ -27,7 +27,7 @@ TRACKER_CHECKS = {
 
 def package_problems(config: RunConfig) -> Iterator[Problem]:
     """Packages that are missing, or built for another device than the run's."""
-    engines = ("vllm", "megatron") if config.has_rollouts else ("megatron",)
+    engines = ("vllm", "megatron") if config.sampler is not None else ("megatron",)
     for module in ("torch", "ray", *engines, "transformers"):
         if importlib.util.find_spec(module) is None:
             yield Problem(
@@ -37,7 +37,7 @@ def package_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"hub: modelscope needs a package that is missing: {REMEDY}", only_here=True)
     device, built_for = guess_device(config), device_of_packages()
     # The hosts of a running Ray cluster may have other packages.
-    if os.environ.get("RAY_ADDRESS") or not config.has_rollouts or built_for in (None, device):
+    if os.environ.get("RAY_ADDRESS") or config.sampler is None or built_for in (None, device):
         return
     if built_for == "cpu":
         yield Problem(

@@ -5,10 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlsys.config import Config, RunConfig
+from rlsys.config import (
+    Config,
+    PreferenceConfig,
+    ReferenceConfig,
+    ReferencedConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
-from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
+from rlsys.model.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    estimate_policy,
+    estimate_reference,
+    estimate_teacher,
+    with_head_of_teacher,
+)
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.snapshot_memory import snapshot_warning
 from rlsys.preflight.devices import gpu_memory_gib, host_memory_gib
@@ -20,21 +34,57 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
     if gpu_gib is None:
         return []
-    policy = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    folder = find_model_folder(config.model.path)
+    policy = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     snapshots = snapshot_warning(config, policy, device, host_memory_gib())
     warnings = [] if snapshots is None else [snapshots]
+    if isinstance(config, PreferenceConfig):
+        estimates = estimate_preference(config, policy, device)
+        return [*gpu_warnings(config, estimates, gpu_gib), *warnings]
     if not isinstance(config, Config):
-        estimate = estimate_policy(config, policy, device=device)
-        return [*gpu_warnings(config, [estimate], gpu_gib), *warnings]
-    reference = policy
-    if config.has_reference_model:
-        reference = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
-    estimates = estimate_memory(config, policy, reference, device=device)
+        estimates = estimate_trained(config, policy, device)
+        return [*gpu_warnings(config, estimates, gpu_gib), *warnings]
+    estimates = estimate_memory(config, policy, *frozen_shapes(config, policy), device=device)
     return [
         *gpu_warnings(config, estimates, gpu_gib),
         *host_warnings(config, policy, estimates, gpu_gib, host_memory_gib()),
         *warnings,
     ]
+
+
+def estimate_preference(
+    config: PreferenceConfig, policy: ModelShape, device: Device
+) -> list[MemoryEstimate]:
+    """The memory of policy and reference, whose folder must be here."""
+    estimates = [estimate_policy(config, policy, device=device)]
+    if config.has_reference_model:
+        shape = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
+        estimates.append(estimate_reference(config, shape, device=device))
+    return estimates
+
+
+def estimate_trained(config: RunConfig, policy: ModelShape, device: Device) -> list[MemoryEstimate]:
+    """The memory of a policy without reference, and of engines and a teacher if it has them."""
+    estimates = [estimate_policy(config, policy, device=device)]
+    if config.sampler is not None:
+        _, engine = estimate_memory(config.sampler, policy, policy, device=device)
+        estimates.append(engine)
+    if config.teacher_path is not None:
+        shape = read_model_shape(find_model_folder(config.teacher_path), may_bridge=True)
+        estimates.append(estimate_teacher(config, shape, device=device))
+        if config.divergence is not None and not config.teacher_top_k:
+            estimates[0] = with_head_of_teacher(config, estimates[0], shape, device)
+    return estimates
+
+
+def frozen_shapes(config: Config, policy: ModelShape) -> tuple[ModelShape, ModelShape | None]:
+    """The shapes of reference and teacher, for `estimate_memory`."""
+    reference, teacher = policy, None
+    if config.has_reference_model:
+        reference = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
+    if config.teacher_path is not None:
+        teacher = read_model_shape(find_model_folder(config.teacher_path), may_bridge=True)
+    return reference, teacher
 
 
 def gpu_warnings(
@@ -48,17 +98,26 @@ def gpu_warnings(
         gpu_gib: memory of a GPU.
     """
     by_role = {estimate.role: estimate for estimate in estimates}
-    if not isinstance(config, Config):
-        return list(_policy_needs(config, by_role["policy"].total_gib, gpu_gib))
-    if config.is_colocated:
+    if isinstance(config, Config) and config.is_colocated:
         of_policy = _phase_warnings(colocated_phases(config, estimates, gpu_gib), gpu_gib)
     else:
         of_policy = _policy_warning(config, by_role, gpu_gib)
-    return [
-        *of_policy,
-        *_rollout_warning(config, by_role["rollout"], gpu_gib),
-        *_reference_warning(config, by_role.get("reference"), gpu_gib),
-    ]
+    warnings = list(of_policy)
+    if config.sampler is not None:
+        warnings += _rollout_warning(config.sampler, by_role["rollout"], gpu_gib)
+    for role, section in _frozen_sections(config).items():
+        warnings += _frozen_warning(section, by_role.get(role), gpu_gib)
+    return warnings
+
+
+def _frozen_sections(config: RunConfig) -> dict[str, ReferenceConfig | TeacherConfig]:
+    """The sections of models that are not trained, by role."""
+    sections: dict[str, ReferenceConfig | TeacherConfig] = {}
+    if isinstance(config, ReferencedConfig):
+        sections["reference"] = config.reference
+    if config.used_teacher is not None:
+        sections["teacher"] = config.used_teacher
+    return sections
 
 
 def host_warnings(
@@ -100,20 +159,22 @@ def _phase_warnings(phases: Sequence[Phase], gpu_gib: float) -> Iterator[str]:
 
 
 def _policy_warning(
-    config: Config, by_role: Mapping[str, MemoryEstimate], gpu_gib: float
+    config: RunConfig, by_role: Mapping[str, MemoryEstimate], gpu_gib: float
 ) -> Iterator[str]:
     policy = by_role["policy"]
     at_work = policy.gib["activations"] + policy.gib["logits"]
     kept, sharers = policy.total_gib - at_work, []
-    reference = by_role.get("reference")
-    if reference is not None and config.reference.placement == "policy":
-        # The two take turns; the memory of the process itself stays.
-        kept += reference.gib["process"]
-        at_work = max(at_work, reference.total_gib - reference.gib["process"])
-        sharers.append("the reference")
+    for role, section in _frozen_sections(config).items():
+        if role in by_role and section.placement == "policy":
+            # They take turns; the memory of the process itself stays.
+            process = by_role[role].gib["process"]
+            kept += process
+            at_work = max(at_work, by_role[role].total_gib - process)
+            sharers.append(f"the {role}")
     reward_model = by_role.get("reward_model")
-    if reward_model is not None and config.reward.reward_model_placement == "policy":
-        kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
+    of_rewards = config.reward if isinstance(config, Config) else None
+    if reward_model and of_rewards and of_rewards.reward_model_placement == "policy":
+        kept += reward_model.total_gib * -(-len(of_rewards.models) // config.policy.world_size)
         sharers.append("reward models")
     shared = f", shared with {' and '.join(sharers)}," if sharers else ""
     yield from _policy_needs(config, kept + at_work, gpu_gib, shared)
@@ -153,13 +214,13 @@ def _rollout_warning(config: Config, estimate: MemoryEstimate, gpu_gib: float) -
         )
 
 
-def _reference_warning(
-    config: Config, estimate: MemoryEstimate | None, gpu_gib: float
+def _frozen_warning(
+    section: ReferenceConfig | TeacherConfig, estimate: MemoryEstimate | None, gpu_gib: float
 ) -> Iterator[str]:
-    if estimate is None or config.reference.placement != "own":
+    if estimate is None or section.placement != "own":
         return
     if estimate.total_gib > gpu_gib:
         yield (
-            f"a GPU of the reference needs about {estimate.total_gib:.1f} GiB and has "
-            f"{gpu_gib:.1f}: raise reference.tensor_parallel_size"
+            f"a GPU of the {estimate.role} needs about {estimate.total_gib:.1f} GiB and has "
+            f"{gpu_gib:.1f}: raise {estimate.role}.tensor_parallel_size"
         )

@@ -7,7 +7,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config, PolicyConfig, RunConfig
+from rlsys.config import (
+    Config,
+    PolicyConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    ReferencedConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.adapters import adapter_obstacle, with_stored_settings
 from rlsys.model.attention import model_attention_problem
@@ -22,6 +30,7 @@ from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
 from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
 from rlsys.preflight.experts import expert_problems, replay_problems
+from rlsys.preflight.tokenizers import tokenizer_problems
 from rlsys.preflight.trained import trained_problems
 from rlsys.problems import Problem
 
@@ -37,16 +46,44 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from problems
     if shape is not None:
         yield from replay_problems(config, shape)
-        yield from _rollout_layout(config, shape)
-        yield from _adapter(config, shape)
-        yield from _kv_cache(config, shape)
         yield from _draft_model(config, shape)
-    yield from _engine_options(config)
+    yield from _engine_problems(config, shape)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
         except ValueError as error:
             yield Problem(f"reward.reward_model: {error}", only_here=True)
+    yield from _teacher(config, shape)
+    yield from _reference(config, shape)
+
+
+def _engine_problems(config: Config, shape: ModelShape | None) -> Iterator[Problem]:
+    """What keeps rollout engines from sampling with the policy's model."""
+    if shape is not None:
+        yield from _rollout_layout(config, shape)
+        yield from _adapter(config, shape)
+        yield from _kv_cache(config, shape)
+    yield from _engine_options(config)
+
+
+def taught_model_problems(config: RunConfig) -> Iterator[Problem]:
+    """Problems of the model that is trained, with engines if it samples, and of its teacher."""
+    shape, problems = _read_policy(config)
+    yield from problems
+    if config.sampler is not None:
+        yield from _engine_problems(config.sampler, shape)
+    yield from _teacher(config, shape)
+
+
+def preference_model_problems(config: PreferenceConfig) -> Iterator[Problem]:
+    """Problems of the models of preference training."""
+    shape, problems = _read_policy(config)
+    yield from problems
+    yield from _reference(config, shape)
+
+
+def _reference(config: ReferencedConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    """Problems of the reference, given the policy's shape."""
     if not config.has_reference_model:
         return
     reference = shape
@@ -54,12 +91,24 @@ def model_problems(config: Config) -> Iterator[Problem]:
         reference, problems = _read_model(config, "reference.path", config.reference.path)
         yield from problems
     if reference is not None:
-        yield from _reference_layout(config, reference)
+        yield from _frozen_layout(config, "reference", config.reference, reference)
     if shape is not None and reference is not None and reference.vocab_size != shape.vocab_size:
         yield Problem(
             f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
             f"of {shape.vocab_size}: the reference model must have the same tokenizer"
         )
+
+
+def _teacher(config: RunConfig, policy: ModelShape | None) -> Iterator[Problem]:
+    section = config.used_teacher
+    if section is None or config.teacher_path is None:
+        return
+    teacher, problems = _read_model(config, "teacher.path", config.teacher_path)
+    yield from problems
+    if teacher is not None:
+        yield from _frozen_layout(config, "teacher", section, teacher)
+    if teacher is not None and policy is not None:
+        yield from tokenizer_problems(config.model.path, config.teacher_path)
 
 
 def _draft_model(config: Config, shape: ModelShape) -> Iterator[Problem]:
@@ -105,14 +154,16 @@ def _read_model(
         return None, [Problem(f"{field}: {error}", only_here=True)]
     try:
         refuse_other_kind(folder)
-        shape = read_model_shape(folder, may_bridge=may_bridge(config))
+        shape = read_model_shape(
+            folder, may_bridge=may_bridge(config), num_labels=config.num_labels
+        )
     except ValueError as error:
         return None, [Problem(f"{field}: {line}") for line in str(error).splitlines()]
     problems = list(_bridge(config, field, shape))
     if folder == Path(path):  # only config.json of a hub model is here yet
         problems += [
             Problem(f"{field}: {text}", only_here=True)
-            for text in folder_problems(folder, shape, has_prompts=field == "model.path")
+            for text in folder_problems(folder, shape, has_prompts=field != "reference.path")
         ]
     longest, positions = config.longest_row, shape.max_position_embeddings
     if longest > positions:
@@ -234,13 +285,15 @@ def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator
             )
 
 
-def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
-    yield from _attention(config, config.reference.context_parallel_size, shape)
-    tp = config.reference.tensor_parallel_size
-    yield from _megatron_tensor_parallel("reference.tensor_parallel_size", tp, shape)
+def _frozen_layout(
+    config: RunConfig, name: str, section: ReferenceConfig | TeacherConfig, shape: ModelShape
+) -> Iterator[Problem]:
+    yield from _attention(config, section.context_parallel_size, shape)
+    tp = section.tensor_parallel_size
+    yield from _megatron_tensor_parallel(f"{name}.tensor_parallel_size", tp, shape)
     if shape.is_moe and shape.experts.number % tp:
         yield Problem(
-            f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
+            f"{name}.tensor_parallel_size = {tp}, over which experts are shared too, does "
             f"not divide the model's {shape.experts.number} experts"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.config import SftConfig
+from rlsys.config import PreferenceConfig, RewardModelConfig, SftConfig
 from rlsys.config.load import ResolvedConfig
 from rlsys.model.folder import find_model_folder
 from rlsys.model.shape import read_model_shape
@@ -17,18 +17,23 @@ def within_positions(resolved: ResolvedConfig[Any]) -> ResolvedConfig[Any]:
     refuse it.
     """
     config, name = resolved.config, "data.max_length"
-    if not isinstance(config, SftConfig) or resolved.origins[name] != "default":
+    has_default = isinstance(config, SftConfig | PreferenceConfig | RewardModelConfig)
+    if not has_default or resolved.origins[name] != "default":
         return resolved
     try:
-        shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+        folder = find_model_folder(config.model.path)
+        shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     except ValueError:  # which the checks report
         return resolved
     default, positions = config.data.max_length, shape.max_position_embeddings
-    if default <= positions:
+    behind = config.longest_row - default  # the student's completion, in distillation
+    if config.longest_row <= positions or positions - behind < 2:
         return resolved
+    positions -= behind
     print(
-        f"note: {name} is {positions:,}, the positions of {config.model.path}, and not its default "
-        f"of {default:,}",
+        f"note: {name} is {positions:,}, the positions of {config.model.path}"
+        f"{' less rollout.max_completion_length' if behind else ''}, and not its default of "
+        f"{default:,}",
         flush=True,
     )
     data = config.data.model_copy(update={"max_length": positions})

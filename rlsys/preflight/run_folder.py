@@ -97,7 +97,7 @@ def _continue(config: RunConfig, run: RunDir, *, read_all: bool) -> StartPlan:
     checkpoint = run.checkpoints / f"step-{step}"
     other = (
         _other_method(config, checkpoint)
-        or _other_model(config.model.path, checkpoint)
+        or _other_model(config, checkpoint)
         or refused_change(config, run, checkpoint)
     )
     return StartPlan(problem=other) if other else StartPlan(step, damaged=choice.damaged)
@@ -115,13 +115,15 @@ def _other_method(config: RunConfig, checkpoint: Path) -> str | None:
     )
 
 
-def _other_model(path: str, checkpoint: Path) -> str | None:
+def _other_model(config: RunConfig, checkpoint: Path) -> str | None:
     """What differs between a checkpoint and the config's model; None if they fit.
 
     A model that cannot be read from here is left to the ranks, which compare each tensor.
     """
+    path, labels = config.model.path, config.num_labels
     try:
-        shapes = [read_model_shape(folder) for folder in (find_model_folder(path), checkpoint)]
+        folders = (find_model_folder(path), checkpoint)
+        shapes = [read_model_shape(folder, num_labels=labels) for folder in folders]
     except ValueError:
         return None
     own, saved = map(asdict, shapes)

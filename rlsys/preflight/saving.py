@@ -78,7 +78,8 @@ def _num_checkpoints(config: RunConfig) -> int:
 
 def checkpoint_bytes_of(config: RunConfig, device: Device) -> int:
     """Bytes of one checkpoint of a run."""
-    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
+    folder = resolve_model_path(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     return disk_use(config, shape, device=device).checkpoint
 
 
@@ -207,7 +208,8 @@ def _how_often(config: RunConfig) -> str:
 
 def saving_lines(config: RunConfig) -> Iterator[str]:
     """What the run saves, how often, where, and how much disk that takes."""
-    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
+    folder = resolve_model_path(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     use = disk_use(config, shape, device=guess_device(config))
     yield "saving: " + "; ".join(f"{what} {text}" for what, text in describe_saving(config, use))
     warning = disk_warning(config, use)

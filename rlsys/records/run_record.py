@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,7 +38,7 @@ class BestEval:
 class RunStatus:
     """What is known about a run at a glance."""
 
-    method: Literal["grpo", "sft"] | None
+    method: Literal["grpo", "sft", "preference", "distill"] | None
     """None where config.yaml is missing or damaged."""
     state: State | None
     """None for a folder without a status, such as a part of a copied run."""
@@ -100,7 +101,7 @@ class RunRecord:
         times = table.columns["time/step"]
         total = self._metrics.texts().get("global_step/max_steps", "").rpartition("/")[2]
         return RunStatus(
-            method=("sft" if "sft" in config else "grpo") if config else None,
+            method=_method(config) if config else None,
             state=self.run.state(),
             step=int(table.steps[-1]) if len(table.steps) else 0,
             steps=int(total) if total.isdecimal() else None,
@@ -212,6 +213,15 @@ def holds_records(path: Path) -> bool:
     return any(file.is_file() for file in (run.metrics, run.status)) or (
         run.config.is_file() and (run.completions.exists() or run.eval_completions.exists())
     )
+
+
+def _method(config: Mapping[str, Any]) -> Literal["grpo", "sft", "preference", "distill"]:
+    """The command that trained it, by the section that it alone has."""
+    if "preference" in config:
+        return "preference"
+    if "distill" in config:
+        return "distill"
+    return "sft" if "sft" in config else "grpo"
 
 
 def _modified(path: Path) -> float | None:

@@ -15,7 +15,7 @@ from rlsys.timeline.spans import DRIVER, Span
 CLOCK_MARK = "rlsys clock"
 """An event of each trace of torch, whose time is known."""
 Event = dict[str, Any]
-ORDER = ("driver", "rollout", "reward", "policy", "reference")
+ORDER = ("driver", "rollout", "reward", "policy", "reference", "teacher")
 """Roles from top to bottom."""
 DEVICES_FROM = 10_000
 """Numbers of processes that stand for GPUs; actors have smaller ones."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from rlsys.timing import PhaseTimer
 
-Role = Literal["driver", "rollout", "reward", "policy", "reference"]
+Role = Literal["driver", "rollout", "reward", "policy", "reference", "teacher"]
 DRIVER = "driver"
 """The actor whose lane has the phases of a step."""
 MERGE_S = 0.02

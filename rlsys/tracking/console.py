@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.config import RunConfig
+from rlsys.config import PreferenceConfig, RewardModelConfig, RunConfig
 from rlsys.log_files import LogFile
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
 from rlsys.tracking.columns import join_wrapped
@@ -58,22 +58,47 @@ SFT_COLUMNS = [
     Column("epoch", "epoch", ".2f", 6),
 ]
 """The same, of supervised training."""
+PREFERENCE_COLUMNS = [
+    SFT_COLUMNS[0],
+    Column("accuracy", "rewards/accuracies", ".3f", 8),
+    Column("margin", "rewards/margins", ".3f", 7),
+    *SFT_COLUMNS[1:],
+]
+"""The same, of preference training."""
+REWARD_MODEL_COLUMNS = [
+    SFT_COLUMNS[0],
+    Column("accuracy", "accuracy", ".3f", 8),
+    Column("margin", "margin", ".3f", 7),
+    *SFT_COLUMNS[1:],
+]
+"""The same, of reward models and classifiers."""
 ROWS_BETWEEN_HEADERS = 20
+
+
+def columns_of(config: RunConfig) -> list[Column]:
+    """What a line of a run shows."""
+    if isinstance(config, PreferenceConfig):
+        return PREFERENCE_COLUMNS
+    if isinstance(config, RewardModelConfig):
+        return REWARD_MODEL_COLUMNS
+    return COLUMNS if config.has_rollouts else SFT_COLUMNS
 
 
 def log_tracker(config: RunConfig, path: Path) -> Tracker:
     """The console's lines in a log, whether the console is a terminal or not."""
     file = LogFile(path)
-    columns = COLUMNS if config.has_rollouts else SFT_COLUMNS
     return LinesTracker(
-        config.num_steps, columns, write=lambda line: file.write([line]), close=file.close
+        config.num_steps,
+        columns_of(config),
+        write=lambda line: file.write([line]),
+        close=file.close,
     )
 
 
 def console_tracker(config: RunConfig, resumed_from: int | None) -> Tracker:
     """The tracker for standard output: a terminal or a file."""
     console = Console(highlight=False)
-    columns = COLUMNS if config.has_rollouts else SFT_COLUMNS
+    columns = columns_of(config)
     if not console.is_terminal or console.is_dumb_terminal:
         return LinesTracker(config.num_steps, columns)
     return TerminalTracker(
@@ -274,8 +299,13 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
             shown.append(f"{reward[1]} {value:.3f}")
         elif loss := re.fullmatch(r"eval/((?:[^/]+/)?(?:loss|perplexity))", name):
             shown.append(f"{loss[1].replace('/', ' ')} {value:.4g}")
-        elif accuracy := re.fullmatch(r"eval/([^/]+/)?mean_token_accuracy", name):
+        elif accuracy := re.fullmatch(r"eval/([^/]+/)?(?:mean_token_)?accuracy", name):
             shown.append(f"{(accuracy[1] or '').replace('/', ' ')}accuracy {value:.3f}")
+        elif held_out := re.fullmatch(r"eval/([^/]+/)?rewards/(accuracies|margins)", name):
+            word = {"accuracies": "accuracy", "margins": "margin"}[held_out[2]]
+            shown.append(f"{(held_out[1] or '').replace('/', ' ')}{word} {value:.3f}")
+        elif margin := re.fullmatch(r"eval/([^/]+/)?margin", name):
+            shown.append(f"{(margin[1] or '').replace('/', ' ')}margin {value:.3f}")
         elif score := re.fullmatch(r"eval/((?:[^/]+/)?(?:pass|mean|maj)@\d+|[^/]+/reward)", name):
             shown.append(f"{score[1].replace('/', ' ')} {value:.3f}")
         elif name == "eval/completions/mean_length":

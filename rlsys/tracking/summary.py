@@ -73,7 +73,7 @@ class SummaryTracker(Tracker):
         config = self._config
         tails = self._tails
         facts = RunFacts(
-            method="grpo" if isinstance(config, Config) else "sft",
+            method=config.command,
             device=self._device,
             is_colocated=config.is_colocated,
             max_staleness=config.rollout.max_staleness if isinstance(config, Config) else 0,

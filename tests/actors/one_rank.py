@@ -13,7 +13,7 @@ def one_rank():
 
 
 @cache
-def _start():
+def start():
     import torch
     import torch.distributed as dist
 
@@ -29,7 +29,7 @@ def _start():
 
 def logprobs_or_refusal(folder):
     """[N, S] log-probs of `random_batch`, or the text with which the policy refuses the model."""
-    _start()
+    start()
     import torch
     from policy_cases import policy_config, random_batch
 
@@ -50,7 +50,7 @@ def gradient_and_kept(folder, options):
     Args:
         options: settings of policy.
     """
-    _start()
+    start()
     from policy_cases import gradients_of, policy_config, random_batch
     from torch.autograd.graph import saved_tensors_hooks
 
@@ -74,3 +74,24 @@ def gradient_and_kept(folder, options):
         policy.update(random_batch(), loss="sft")
     gradients = {name: grad.clone() for name, grad in gradients_of(policy.weights).items()}
     return gradients, num_bytes[0]
+
+
+def preference_step(folder, section, options):
+    """Gradient, metrics and log-probs of a step of preference training.
+
+    Args:
+        options: settings of policy.
+    """
+    start()
+    from policy_cases import gradients_of
+    from preference_cases import config_of, make_batch
+
+    from rlsys.engines.megatron.policy import MegatronPolicy
+
+    config = config_of(folder, section, **options)
+    policy, batch = MegatronPolicy(config, device="cpu"), make_batch(config)
+    _, values = policy.compute_logprobs(batch)
+    policy.optimizer.step = lambda: (True, 0.0, None)
+    metrics = policy.update(batch).metrics
+    gradients = gradients_of(policy.weights)
+    return {name: grad.clone() for name, grad in gradients.items()}, metrics, values[0]

@@ -96,6 +96,36 @@ def write_sft_run(folder: Path, *, model: dict[str, Any] | None = None, **sectio
     return path
 
 
+def write_preference_run(folder: Path, **sections: Any) -> Path:
+    """`write_run` for preference training."""
+    write_model(folder / "model")
+    row = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    values = {
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_length": 64},
+        "model": {"path": str(folder / "model")},
+        "preference": {},
+        "policy": {"global_batch_size": 4},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "preference.yaml"
+    path.write_text(dump_yaml({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
+def write_distill_run(folder: Path, **sections: Any) -> Path:
+    """`write_sft_run` for distillation, with a teacher that is larger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "teacher", hidden_size=128, max_position_embeddings=512)
+    sections = {"model": {"max_position_embeddings": 512}} | sections
+    base = {"teacher": {"path": str(folder / "teacher")}, "distill": {"beta": 0.5}}
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    return write_sft_run(folder, **merged)
+
+
 def write_model(folder: Path, **sizes: Any) -> Path:
     """A model folder as preflight reads it: weights are names, shapes and zeros."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,3 +172,27 @@ def write_run(folder: Path, **sections: Any) -> Path:
         "data": {"dataset": [str(folder / "train.jsonl")], **sections.pop("data", {})},
     }
     return write_config(folder, **(places | sections))
+
+
+def write_reward_model_run(folder: Path, **sections: Any) -> Path:
+    """`write_run` for a reward model, with 20 pairs."""
+    write_model(folder / "model")
+    pair = {
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "chosen": [{"role": "assistant", "content": "2"}],
+        "rejected": [{"role": "assistant", "content": "3"}],
+    }
+    (folder / "train.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    values: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_length": 64},
+        "model": {"path": str(folder / "model")},
+        "reward_model": {},
+        "policy": {"global_batch_size": 4},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "reward_model.yaml"
+    path.write_text(dump_yaml(values))
+    return path

@@ -106,7 +106,7 @@ def test_an_adapter_in_place_of_a_model_is_one_problem(tmp_path, capsys):
 def test_a_config_for_another_command_names_it(tmp_path, capsys):
     grpo, sft = write_run(tmp_path), write_sft_run(tmp_path, sft={})
     text = refused(capsys, "sft", grpo)
-    assert "has 1 problem: - it is a config for `rlsys grpo`, with the sections rollout, " in text
+    assert "has 1 problem: - it is a config for `rlsys grpo`, with the section reward, " in text
     assert f"run `rlsys grpo {grpo}`" in text
     text = refused(capsys, "grpo", sft)
     assert "has 1 problem: - it is a config for `rlsys sft`, with the section sft, " in text

@@ -42,7 +42,8 @@ def named(path: str):
 
 def test_everything_that_can_be_added_has_a_row():
     expected = """
-        reward, loss, loss that differs from another by settings, advantage estimator,
+        reward, loss, loss that differs from another by settings, loss of pairs of answers,
+        advantage estimator,
         metric of a loss, tracker, preprocessor of rows, row format, kind of data file,
         weight transport, model family, check before a run, config field, command
     """

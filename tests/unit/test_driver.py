@@ -103,6 +103,15 @@ class Reference:
         self._calls.append(("sync",))
 
 
+class Teacher:
+    def __init__(self, calls):
+        self._calls = calls
+
+    def compute_logprobs(self, batch):
+        self._calls.append(("teacher_logprobs",))
+        return torch.full((2, *batch.input_ids.shape), -3.0).unbind()
+
+
 class Log(Tracker):
     def __init__(self, system):
         self._system = system
@@ -134,11 +143,13 @@ def run(tmp_path):
     def run(system, *, with_reference=False, **fields):
         config = make_config(tmp_path, **fields)
         reference = Reference(system.calls) if with_reference else None
+        grpo = fields.get("grpo", {})
         roles = SimpleNamespace(
             config=config,
             rollouts=system,
             policy=system,
             reference=reference,
+            teacher=Teacher(system.calls) if grpo.get("opd_kl_coef") else None,
             publisher=system,
             restarts=Restarts(config.recovery),
             timeline=Timeline(),
@@ -218,6 +229,19 @@ def test_the_reference_sees_the_batch_before_the_policy_does(run):
     batch = system.batches[0]
     assert torch.equal(batch.ref_logprobs, -2.0 * batch.completion_mask)
     assert "time/ref_logprobs" in system.logged[0][1]
+
+
+def test_the_teacher_judges_each_token_that_the_policy_sampled(run):
+    fields = {"grpo": {"opd_kl_coef": 0.5}, "teacher": {"path": "org/teacher"}}
+    plain, taught = run(System(), max_steps=1), run(System(), max_steps=1, **fields)
+    assert [call[0] for call in taught.calls[1:4]] == ["sample", "teacher_logprobs", "update"]
+    (batch,), (without,) = taught.batches, plain.batches
+    mask = batch.completion_mask
+    better = 0.5 * (-3.0 - batch.rollout_logprobs) * mask
+    torch.testing.assert_close(batch.advantages, without.advantages + better)
+    metrics = taught.logged[0][1]
+    assert metrics["opd_reverse_kl"] == pytest.approx((batch.rollout_logprobs[mask] + 3).mean())
+    assert "time/teacher_logprobs" in metrics
 
 
 def test_the_reference_follows_the_policy_every_sync_steps(run):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import SftConfig
 from rlsys.config.load import load_config, load_config_as
+from rlsys.config.method import schema_of
 from rlsys.rewards import orms
 
 pytestmark = pytest.mark.processes
@@ -131,4 +131,4 @@ def test_every_config_is_read(path):
         config = load_config(path).config
         assert all(name in orms for name in config.reward.reward_funcs)
     else:
-        assert load_config_as(SftConfig, path).config.data.max_length
+        assert load_config_as(schema_of(path), path).config.data.max_length

@@ -20,7 +20,8 @@ LAYERS = {
     "dashboard": "base, timeline, records",
     "launch": "everything below",
     "saving": "base, config, run, system",
-    "driver": "base, config, algo, run, tracking, system",
+    "driver": "base, config, algo, run, tracking, system, systems",
+    "systems": "everything below",
     "system": "everything below",
     "rollout": "base, config, algo, rewards, tracking, data, actors",
     "preflight": "base, config, plugins, algo, model, run, rewards, tracking, data",
@@ -47,7 +48,7 @@ TYPE_CHECKING count. docs/architecture.md draws this table.
 """
 
 HEAVY = {
-    "ray": {"actors", "system", "commands", "preflight"},
+    "ray": {"actors", "system", "systems", "commands", "preflight"},
     "vllm": {"engines"},
     "megatron": {"engines"},
 }

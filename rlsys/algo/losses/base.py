@@ -62,8 +62,17 @@ class LossInput:
     is_likeliest: Tensor | None = None
     """1 where the policy now finds no token likelier than the target, else 0; None reports
     nothing."""
+    divergence: Tensor | None = None
+    """From the teacher's distribution, with gradient; None without a teacher. Then `logprobs`,
+    `entropy` and `is_likeliest` have none."""
+    teacher_entropy: Tensor | None = None
+    """Of the teacher's distribution."""
     high_covariance: Tensor | None = None
     """bool, from `weighting.tokens_of_high_covariance`; None for other losses."""
+    is_chosen: Tensor | None = None
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    """Of the sequences, see `TrainBatch`; the last sequence may be filling without a value."""
 
     @classmethod
     def from_packed(
@@ -72,6 +81,8 @@ class LossInput:
         logprobs_T: Tensor,
         entropy_T: Tensor | None = None,
         is_likeliest_T: Tensor | None = None,
+        divergence_T: Tensor | None = None,
+        teacher_entropy_T: Tensor | None = None,
     ) -> LossInput:
         """Join a micro-batch with the policy's log-probs of its targets.
 
@@ -90,7 +101,12 @@ class LossInput:
             segments=Segments.from_cu_seqlens(packed.cu_seqlens, len(packed.targets)),
             entropy=entropy_T,
             is_likeliest=is_likeliest_T,
+            divergence=divergence_T,
+            teacher_entropy=teacher_entropy_T,
             high_covariance=packed.high_covariance,
+            is_chosen=packed.is_chosen,
+            ref_logps=packed.ref_logps,
+            kl=packed.kl,
         )
 
     def ratio(self) -> Tensor:

@@ -26,6 +26,7 @@ from rlsys.config.schema.run import AnyConfig as AnyConfig
 from rlsys.config.schema.run import RunConfig as RunConfig
 from rlsys.config.schema.section import NonEmptyText as NonEmptyText
 from rlsys.config.schema.section import Section as Section
+from rlsys.config.schema.teacher import TeacherConfig as TeacherConfig
 from rlsys.config.schema.tracking import TrackersConfig as TrackersConfig
 from rlsys.config.schema.tracking import TrackingConfig as TrackingConfig
 from rlsys.config.schema.weight_sync import WeightSyncConfig as WeightSyncConfig

@@ -68,6 +68,9 @@ class GrpoConfig(Section):
     data too if `rollout_is` corrects for staleness (DeepSeek-V3.2)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, averaged over tokens as the loss is; 0 is off."""
+    opd_kl_coef: NonNegativeFloat = 0.0
+    """On-policy distillation: adds opd_kl_coef x (the teacher's log-prob - the policy's) to the
+    advantage of each sampled token, with the model of teacher.path; 0 is off."""
     top_entropy_quantile: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of an optimizer step's tokens that get a policy gradient, highest entropy first;
     1 is all. Below 1 costs a forward pass."""
@@ -143,6 +146,11 @@ class GrpoConfig(Section):
     highest covariance of log-prob and advantage."""
     ppo_kl_coef: NonNegativeFloat = 1.0
     """Weight of kl_cov's penalty, the absolute log ratio of policy and old policy."""
+
+    @property
+    def advantages_need_logprobs(self) -> bool:
+        """Whether advantages depend on log-probs, and not on rewards alone."""
+        return (self.kl_in_reward and self.beta > 0) or self.opd_kl_coef > 0
 
     @property
     def corrects_rollouts(self) -> bool:

@@ -19,6 +19,7 @@ from rlsys.config.schema.reward import RewardConfig
 from rlsys.config.schema.rollout import RolloutConfig
 from rlsys.config.schema.run import RunConfig
 from rlsys.config.schema.section import Section
+from rlsys.config.schema.teacher import TeacherConfig
 from rlsys.config.schema.tracking import TrackingConfig
 from rlsys.config.schema.weight_sync import WeightSyncConfig
 from rlsys.problems import ProblemsError
@@ -54,6 +55,7 @@ class Config(RunConfig):
     reward: RewardConfig
     grpo: GrpoConfig = GrpoConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    teacher: TeacherConfig = TeacherConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -69,6 +71,8 @@ class Config(RunConfig):
             self._change("reward", reward_params=reward.reward_params | params)
             if self.reference.path is not None:
                 self._change("reference", path=model_of_modelscope(self.reference.path))
+            if self.teacher.path is not None:
+                self._change("teacher", path=model_of_modelscope(self.teacher.path))
             if (draft := self.rollout.draft_model) is not None:
                 changed = self.rollout.speculation | {"model": model_of_modelscope(draft)}
                 self._change("rollout", speculative_config=changed)
@@ -85,7 +89,7 @@ class Config(RunConfig):
     def profiled_roles(self) -> list[ProfiledRole]:
         """See RunConfig."""
         reference: list[ProfiledRole] = ["reference"] if self.has_reference_model else []
-        return ["policy", *reference, "rollout"]
+        return [*super().profiled_roles, *reference, "rollout"]
 
     @property
     def is_colocated(self) -> bool:
@@ -143,7 +147,7 @@ class Config(RunConfig):
 
     @property
     def model_paths(self) -> list[str]:
-        """Policy, reference, reward models, and the model that drafts."""
+        """Policy, teacher, reference, reward models, and the model that drafts."""
         draft = [] if self.rollout.draft_model is None else [self.rollout.draft_model]
         return [*super().model_paths, self.reference_path, *self.reward.model_paths, *draft]
 
@@ -170,13 +174,15 @@ class Config(RunConfig):
         """Whether the policy's log-probs before the update need a forward pass.
 
         They do when the policy moves within one rollout, when the KL is part of the reward, when
-        entropies or covariances choose tokens, and when the update computes with dropout, which
-        engines do not sample with.
+        entropies or covariances choose tokens, when a teacher is compared with a policy that has
+        moved since it sampled, and when the update computes with dropout, which engines do not
+        sample with.
         """
         grpo, lora = self.grpo, self.policy.lora
         if grpo.old_logprobs == "auto":
             needed = (grpo.kl_in_reward and grpo.beta > 0) or grpo.top_entropy_quantile < 1
             needed = needed or grpo.loss_type in COVARIANCE_LOSSES
+            needed = needed or (grpo.opd_kl_coef > 0 and self.rollout.max_staleness > 0)
             needed = needed or (lora is not None and lora.dropout > 0)
             return needed or self.optimizer_steps_per_update > 1
         return grpo.old_logprobs == "recompute"
@@ -216,9 +222,9 @@ class Config(RunConfig):
 
     @property
     def largest_context_parallel_size(self) -> int:
-        """Context-parallel ranks of the policy, or of the reference if it has more."""
+        """Context-parallel ranks of the policy, or of the reference or teacher if one has more."""
         reference = self.reference.context_parallel_size if self.has_reference_model else 1
-        return max(self.policy.context_parallel_size, reference)
+        return max(super().largest_context_parallel_size, reference)
 
     @property
     def policy_shares_gpus(self) -> bool:
@@ -226,6 +232,7 @@ class Config(RunConfig):
         return (
             self.is_colocated
             or (self.has_reference_model and self.reference.placement == "policy")
+            or super().policy_shares_gpus
             or (bool(self.reward.models) and self.reward.reward_model_placement == "policy")
         )
 
@@ -248,6 +255,16 @@ class Config(RunConfig):
     def has_reference_model(self) -> bool:
         """Whether the run has a reference that is a model of its own."""
         return self.grpo.beta > 0 and not self.reference_is_base
+
+    @property
+    def sampler(self) -> Config | None:
+        """See RunConfig."""
+        return self
+
+    @property
+    def used_teacher(self) -> TeacherConfig | None:
+        """The section `teacher`, with on-policy distillation."""
+        return self.teacher if self.grpo.opd_kl_coef > 0 else None
 
     @property
     def reference_path(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from rlsys.config.schema.section import Section
 
-ProfiledRole = Literal["policy", "reference", "rollout"]
+ProfiledRole = Literal["policy", "reference", "teacher", "rollout"]
 
 
 class ProfileConfig(Section):
@@ -20,7 +20,8 @@ class ProfileConfig(Section):
     output_dir/profile when the last one has ended, or the run. null: none."""
     torch: list[ProfiledRole] = []
     """Roles whose actors add what torch's profiler sees, operations and GPU kernels: policy,
-    reference, rollout. These steps take longer then, and the file is large: trace one or two."""
+    reference, teacher, rollout. These steps take longer then, and the file is large: trace one or
+    two."""
     memory: bool = False
     """Write what PyTorch allocated on each GPU during these steps, for pytorch.org/memory_viz. Only
     on GPUs."""

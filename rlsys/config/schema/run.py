@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     Field,
@@ -25,7 +25,11 @@ from rlsys.config.schema.policy import PolicyConfig
 from rlsys.config.schema.profile import ProfileConfig, ProfiledRole
 from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
+from rlsys.config.schema.teacher import TeacherConfig
 from rlsys.config.schema.tracking import TrackersConfig, TrackingConfig
+
+if TYPE_CHECKING:
+    from rlsys.config.schema.grpo_run import Config
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
 
@@ -132,6 +136,11 @@ class RunConfig(Section):
         """Rows of a `TrainBatch` per optimizer step."""
 
     @property
+    def rows_together(self) -> int:
+        """Neighbouring rows of a `TrainBatch` that no rank and no micro-batch separates."""
+        return 1
+
+    @property
     @abstractmethod
     def optimizer_steps_per_update(self) -> int:
         """Optimizer steps of one step of the run."""
@@ -157,6 +166,11 @@ class RunConfig(Section):
         """The loss and its settings."""
 
     @property
+    def num_labels(self) -> int | None:
+        """Outputs of the score head that the run trains; None: it trains a language model."""
+        return None
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """Settings of `rlsys.algo.sampling.Sampling`, by which log-probs are taken."""
         return {}
@@ -169,12 +183,39 @@ class RunConfig(Section):
     @property
     def largest_context_parallel_size(self) -> int:
         """Context-parallel ranks of the model that has most."""
-        return self.policy.context_parallel_size
+        teacher = 1 if self.used_teacher is None else self.used_teacher.context_parallel_size
+        return max(self.policy.context_parallel_size, teacher)
 
     @property
     def completions_tracking(self) -> TrackingConfig | None:
         """How the run records what it samples; None: not at all."""
         return None
+
+    @property
+    def used_teacher(self) -> TeacherConfig | None:
+        """The section of the model that the policy learns from; None: there is none."""
+        return None
+
+    @property
+    def teacher_path(self) -> str | None:
+        """Folder or hub id of this model."""
+        return None if self.used_teacher is None else self.used_teacher.path
+
+    @property
+    def sampler(self) -> Config | None:
+        """The config that rollout engines read; None without them."""
+        return None
+
+    @property
+    def divergence(self) -> dict[str, float] | None:
+        """Fields of `rlsys.algo.distributions.Divergence`, if the policy learns from a teacher's
+        distributions."""
+        return None
+
+    @property
+    def teacher_top_k(self) -> int:
+        """Likeliest tokens that the teacher's distributions are known at; 0: the whole."""
+        return 0
 
     @property
     def reference_changes(self) -> bool:
@@ -184,7 +225,7 @@ class RunConfig(Section):
     @property
     def profiled_roles(self) -> list[ProfiledRole]:
         """The roles that torch's profiler may look into."""
-        return ["policy"]
+        return ["policy"] if self.used_teacher is None else ["policy", "teacher"]
 
     @property
     def is_colocated(self) -> bool:
@@ -194,7 +235,7 @@ class RunConfig(Section):
     @property
     def policy_shares_gpus(self) -> bool:
         """Whether other models compute on the policy's GPUs while it waits."""
-        return False
+        return self.used_teacher is not None and self.used_teacher.placement == "policy"
 
     @property
     def loss_plugins(self) -> list[str]:
@@ -209,7 +250,7 @@ class RunConfig(Section):
     @property
     def model_paths(self) -> list[str]:
         """Folders and hub ids of all models that the run reads."""
-        return [self.model.path]
+        return [self.model.path, *([] if self.teacher_path is None else [self.teacher_path])]
 
     def steps_of_epochs(self, num_rows: int) -> int | None:
         """max_steps for num_train_epochs passes over `num_rows` training rows."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from rlsys.types import Prompt, RolloutGroup, Sample
+from rlsys.types import Preference, Prompt, RolloutGroup, Sample, ScoredRow
 
-T = TypeVar("T", bound=Prompt | Sample)
+T = TypeVar("T", bound=Prompt | Sample | Preference | ScoredRow)
 """What a run trains on."""
 
 

@@ -27,6 +27,7 @@ from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import check_machine, megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.routing import choose_in_groups
+from rlsys.engines.megatron.score_head import put_score_head
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import policy_memory
 from rlsys.model.shape import ModelShape
@@ -219,6 +220,8 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's GPTModels, without weights: one, or a chunk for each of its virtual stages.
 
+    A score head stands in place of the output head if the shape has labels.
+
     Args:
         longest: tokens of the longest row of the run.
     """
@@ -248,7 +251,7 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
         vp_stage=vp_stage,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings and shape.num_labels is None,
         position_embedding_type="rope",
     )
     if shape.family.scaled_embeddings and model.pre_process:
@@ -260,6 +263,8 @@ def _build_chunk(
         set_norm_eps(model)
     if shape.experts.groups > 1:
         choose_in_groups(model, shape.experts)
+    if shape.num_labels is not None and model.post_process:
+        put_score_head(model, shape.num_labels)
     return model
 
 
@@ -301,7 +306,7 @@ class LogprobHead:
         self._in_fp32 = config.model.fp32_lm_head
         group = parallel_state.get_tensor_model_parallel_group()
         start = group.rank() * (model.vocab_size // group.size())
-        self._vocab = VocabSlice(start, group if group.size() > 1 else None)
+        self.vocab = VocabSlice(start, group if group.size() > 1 else None)
 
     def __call__(
         self, hidden: torch.Tensor, micro_batch: PackedMicroBatch, positions: torch.Tensor
@@ -313,9 +318,8 @@ class LogprobHead:
         history = History.of(micro_batch, positions) if self._sampling.penalizes else None
         return self._logprobs(hidden, micro_batch.targets[positions], history)
 
-    def _logprobs(
-        self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
-    ) -> TokenValues:
+    def states_and_weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] hidden states of all positions, and this rank's slice of the output weight."""
         model = self._model
         hidden = hidden.squeeze(0)
         if model.config.sequence_parallel:
@@ -328,12 +332,16 @@ class LogprobHead:
             weight = model.output_layer.weight
         if self._in_fp32:
             hidden, weight = hidden.float(), weight.float()
+        return hidden, weight
+
+    def _logprobs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
+    ) -> TokenValues:
         return chunked_token_values(
-            hidden,
-            weight,
+            *self.states_and_weight(hidden),
             targets,
             sampling=self._sampling,
-            vocab=self._vocab,
+            vocab=self.vocab,
             chunk_size=policy_memory.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
             history=history,
@@ -365,7 +373,7 @@ class LogprobHead:
         if self._sampling.penalizes:
             history = History(targets, targets.bool(), targets, targets)
         with torch.set_grad_enabled(trains):
-            logprobs, entropy, _ = self._logprobs(hidden, targets, history)
+            logprobs, entropy, *_ = self._logprobs(hidden, targets, history)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Differentiate only by the hidden states, so that no weight gets a gradient.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,16 @@ def stored_tensors(
 
 
 def untrained_tensors(
-    folder: Path, dtype: torch.dtype | None = None
+    folder: Path, dtype: torch.dtype | None = None, shape: ModelShape | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of layers that predict further tokens, which are copied and not trained.
 
     Args:
         folder: of a model; beside megatron-core's files they are in `release/`.
         dtype: what they are converted to; None keeps their types.
+        shape: the model's; None reads that of a language model.
     """
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = shape or read_model_shape(folder, may_bridge=True)
     place = folder / RELEASE if (folder / RELEASE / UNTRAINED_FILE).is_file() else folder
     if not weight_files(place):
         return
@@ -138,10 +139,12 @@ def save_model_folder(
     tensors: Iterator[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `folder` as a model folder, see `write_model_files`; it is whole or not there."""
     with replacing_folder(folder) as partial:
-        write_model_files(source, partial, tensors, dtype, max_shard_bytes)
+        write_model_files(source, partial, tensors, dtype, max_shard_bytes, changes=changes)
 
 
 def write_model_files(
@@ -150,14 +153,17 @@ def write_model_files(
     tensors: Iterator[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the weights `tensors`, and config and tokenizer of `source`, into an empty folder.
 
     Args:
         dtype: the type that config.json names.
         max_shard_bytes: bytes of a weight file at most; None is MAX_SHARD_BYTES.
+        changes: keys of config.json that are others than in `source`.
     """
-    copy_model_files(source, folder, dtype)
+    copy_model_files(source, folder, dtype, changes)
     _write_shards(folder, tensors, max_shard_bytes or MAX_SHARD_BYTES)
 
 
@@ -170,13 +176,16 @@ def write_adapter_files(
     (folder / WEIGHTS_FILE).chmod(0o644)
 
 
-def copy_model_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def copy_model_files(
+    source: Path, folder: Path, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> None:
     """Copy config, tokenizer, chat template and all else that belongs to the model `source`.
 
     Not copied: weights, and what a run saves beside them.
 
     Args:
         dtype: what the config.json of `folder` says.
+        changes: further keys in which it is another than in `source`.
     """
     for file in source.iterdir():
         if file.is_file() and not _is_left_out(file):
@@ -184,6 +193,7 @@ def copy_model_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
+    config |= changes or {}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

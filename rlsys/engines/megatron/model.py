@@ -7,17 +7,17 @@ micro-batches. It would also run under torchrun.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoConfig
 
@@ -40,8 +40,10 @@ from rlsys.engines.megatron.build import (
     end_at_hidden_states,
     transformer_config,
 )
+from rlsys.engines.megatron.divergence_head import DivergenceHead
 from rlsys.engines.megatron.export import BucketExport
 from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
+from rlsys.engines.megatron.packed import packed_seq_params
 from rlsys.engines.megatron.routing import ExpertRouting
 from rlsys.engines.megatron.saving import begin_model
 from rlsys.engines.megatron.stream_export import StreamExport
@@ -64,8 +66,12 @@ if TYPE_CHECKING:
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
-LossOf = Callable[[TokenValues, PackedMicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(log-probs and what goes with them, micro-batch) -> loss, further results."""
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Of a micro-batch, and further results."""
+LossOf = Callable[[Any, PackedMicroBatch], Loss]
+"""(what the head computes of tokens, such as TokenValues; micro-batch) -> loss."""
+Head = Callable[[torch.Tensor, PackedMicroBatch, torch.Tensor], Any]
+"""(hidden states, micro-batch, positions) -> a named tuple: values of the tokens, or None."""
 
 LOGPROBS = ("logprobs", "entropy")
 """Fields of TokenValues."""
@@ -78,6 +84,10 @@ class MegatronModel:
     """Section of the config with the model's parallel sizes."""
     adapters: Adapters | None = None
     """The LoRA adapter beside the weights, if there is one."""
+    saves_adapter: bool = False
+    """Whether what a run saves as its model is the adapter alone."""
+    config_changes: Mapping[str, Any] = MappingProxyType({})
+    """Keys of config.json that a saved model has otherwise than the folder that it comes from."""
     trace: StepTrace | None = None
     """Looks at all that is computed, in `rlsys replay`."""
 
@@ -89,8 +99,8 @@ class MegatronModel:
         self.device = torch.device(device)
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
-        # Refuses unsupported models.
-        shape = read_model_shape(self.folder, may_bridge=config.may_bridge(on_cpu=self.on_cpu))
+        bridges = config.may_bridge(on_cpu=self.on_cpu)
+        shape = read_model_shape(self.folder, may_bridge=bridges, num_labels=config.num_labels)
         self.shape = shape
         # Preflight has not seen the files of a hub model, nor those on another host.
         check_model_folder(self.folder, shape, has_prompts=False)
@@ -107,19 +117,17 @@ class MegatronModel:
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
             self._build(shape)
-            self.weights.load(self.folder)
+            self._load_weights()
         self.routing = None
         if shape.is_moe and not self._is_bridged:
             replays = self.role == "policy" and config.replays_routing
             self.routing = ExpertRouting(
                 self.model, shape.expert_layers, config.policy, replays=replays
             )
-        self._head = None
+        self._head: Head | None = None
         if self.is_last_stage:
             end_at_hidden_states(self.model[-1])
-            self._head = LogprobHead(self.model[-1], config, self._sampling(shape.vocab_size))
-            if not self.on_cpu:
-                self._head.warm_up(trains=trains, entropy_bonus=config.algorithm.entropy_coef > 0)
+            self._head = self._make_head(trains=trains)
         self._has_scales = (
             config.policy.fp8_format is not None and config.policy.fp8_recipe == "delayed"
         )
@@ -150,6 +158,19 @@ class MegatronModel:
             )
             self.model = torch.nn.ModuleList(chunks).to(self.device)
             self.weights = MegatronWeights(self.model, shape)
+
+    def _load_weights(self) -> None:
+        self.weights.load(self.folder)
+
+    def _make_head(self, *, trains: bool) -> Head:
+        """What turns the last stage's hidden states into what a loss is computed from."""
+        config = self.config
+        head = LogprobHead(self.model[-1], config, self._sampling(self.shape.vocab_size))
+        if not self.on_cpu:
+            head.warm_up(trains=trains, entropy_bonus=config.algorithm.entropy_coef > 0)
+        if trains and config.divergence is not None:
+            return DivergenceHead(head, config, self.shape, self.dtype, self.device)
+        return head
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:
         """This rank's part in filling the buckets of a weight sync connection."""
@@ -208,24 +229,15 @@ class MegatronModel:
             (row indices, [len(values), len(rows), S] float32, log-probs and entropies in nats), or
             None on ranks that do not report.
         """
-        lengths = batch.lengths.tolist()
-        shards = shard_rows(range(len(lengths)), lengths, num_shards=self._dp_size)
+        shards = self._shard(range(len(batch.lengths)), batch)
         rows = shards[self._dp_rank]
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
-        def collect(
-            of_tokens: TokenValues, _: PackedMicroBatch
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def collect(of_tokens: TokenValues, _: PackedMicroBatch) -> Loss:
             stacked = torch.stack([getattr(of_tokens, name) for name in values])
             return stacked.new_zeros(()), {"values": stacked}
 
-        if self._unknown_scales:  # only a pass that could have gradients finds them
-            with torch.enable_grad():
-                self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
-            self._unknown_scales = False
-        self.model.eval()
-        outputs = self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
-        self.model.train()
+        outputs = self._forward_only(packed, collect)
         if not self.reports:
             return None
         result = torch.zeros(len(values), *batch.input_ids.shape, dtype=torch.float32)
@@ -234,12 +246,29 @@ class MegatronModel:
                 unpack_logprobs(of_rows, micro_batch, out, micro_rows)
         return rows, result[:, rows]
 
+    def whole_weights(self) -> MegatronWeights | BridgedWeights:
+        """The weights of the whole model, with adapters merged into them."""
+        return self.weights if self.adapters is None else self.adapters.merged
+
+    def _forward_only(
+        self, packed: list[PackedMicroBatch], collect: LossOf
+    ) -> list[dict[str, torch.Tensor]]:
+        """The further results of `collect` for each micro-batch; see `_forward_backward`."""
+        if self._unknown_scales:  # only a pass that could have gradients finds them
+            with torch.enable_grad():
+                self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
+            self._unknown_scales = False
+        self.model.eval()
+        outputs = self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
+        self.model.train()
+        return outputs
+
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
-        tensors = self.weights.export()
+        tensors = self.whole_weights().export()
         try:
             if dist.get_rank() == 0:
-                own = chain(tensors, untrained_tensors(self.folder))
+                own = chain(tensors, untrained_tensors(self.folder, shape=self.shape))
                 write(self.folder, folder, own, self.dtype)
         finally:  # takes part in the collectives, also where the disk is full
             for _ in tensors:
@@ -249,6 +278,11 @@ class MegatronModel:
     def begin_model(self, folder: Path) -> None:
         """Start writing the model's files into an existing folder; every rank calls."""
         begin_model(self, folder)
+
+    def _shard(self, rows: Sequence[int], batch: TrainBatch) -> list[list[int]]:
+        """The rows of each data-parallel rank."""
+        lengths, together = batch.lengths.tolist(), self.config.rows_together
+        return shard_rows(rows, lengths, num_shards=self._dp_size, together=together)
 
     def _pack(
         self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor
@@ -273,6 +307,7 @@ class MegatronModel:
             lengths=lengths,
             micro_batch_size=policy.micro_batch_size,
             max_tokens=policy.max_tokens_per_micro_batch,
+            together=self.config.rows_together,
         )
         row_lists_of_ranks = [cut(shard) for shard in shards]
         row_lists = row_lists_of_ranks[self._dp_rank]
@@ -294,7 +329,8 @@ class MegatronModel:
         if len(self.model) > 1:
             wanted = -(-wanted // stages) * stages
         if missing := wanted - len(packed):
-            untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
+            no_token = torch.zeros_like(batch.completion_mask)
+            untrained = replace(batch, completion_mask=no_token, is_chosen=None, ref_logps=None)
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             repeated = pack_rows(untrained, shortest, torch.zeros_like(weights))
             nothing = torch.zeros_like(repeated.is_token)
@@ -336,7 +372,7 @@ class MegatronModel:
 
     def _forward_step(
         self, loss_of: LossOf, packed: Iterator[PackedMicroBatch], model: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict]]]:
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
         """Hidden states of the next micro-batch, and the function that computes their loss."""
         micro_batch = next(packed)
         positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
@@ -350,34 +386,14 @@ class MegatronModel:
             micro_batch.input_ids[own][None],
             micro_batch.position_ids[own][None],
             attention_mask=None,
-            packed_seq_params=_packed_seq_params(micro_batch, self._cp_group.size()),
+            packed_seq_params=packed_seq_params(micro_batch, self._cp_group.size()),
         )
 
-        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(hidden: torch.Tensor) -> Loss:
             assert self._head is not None, "only the last pipeline stage has a loss"
-            of_tokens = TokenValues(
-                *(
-                    gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                    for values in self._head(hidden, micro_batch, own)
-                )
-            )
-            return loss_of(of_tokens, micro_batch)
+            found = self._head(hidden, micro_batch, own)
+            shared = {"positions_CT": positions, "group": self._cp_group, "sum_gradients": False}
+            values = (None if v is None else gather_tokens(v, **shared) for v in found)
+            return loss_of(type(found)(*values), micro_batch)
 
         return hidden, loss
-
-
-def _packed_seq_params(
-    micro_batch: PackedMicroBatch, context_parallel_size: int
-) -> PackedSeqParams:
-    # Under context parallelism, the same object twice says to Transformer Engine that sequences
-    # are not padded: their filling is a part of them that nothing attends to.
-    padded = micro_batch.cu_seqlens if context_parallel_size > 1 else None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro_batch.cu_seqlens,
-        cu_seqlens_kv=micro_batch.cu_seqlens,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=micro_batch.max_seqlen,
-        max_seqlen_kv=micro_batch.max_seqlen,
-    )

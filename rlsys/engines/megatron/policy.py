@@ -7,23 +7,23 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
-from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
+from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows
 from rlsys.algo.finite import count_nonfinite
-from rlsys.algo.logprobs import TokenValues
-from rlsys.algo.losses import LossInput, losses
+from rlsys.algo.losses import LossInput, compute_loss
 from rlsys.algo.update_metrics import combine_optimizer_steps, reduced_means
 from rlsys.algo.weighting import choose_tokens, loss_weights
-from rlsys.config import Config, RunConfig
+from rlsys.config import Config, GrpoConfig, RunConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer
 from rlsys.engines.megatron.hf_folder import save_model_folder
-from rlsys.engines.megatron.model import LOGPROBS, LossOf, MegatronModel, ModelWriter
+from rlsys.engines.megatron.model import LOGPROBS, Loss, LossOf, MegatronModel, ModelWriter
 from rlsys.engines.megatron.nonfinite import NonFiniteSteps, check_finite, find_nonfinite
 from rlsys.engines.megatron.offload import Offload
 from rlsys.engines.megatron.on_cpu import return_free_memory
@@ -55,6 +55,7 @@ class MegatronPolicy(MegatronModel):
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         self.adapters = choose_trained(config, self.model, self.weights, self.shape)
+        self.saves_adapter = self.adapters is not None
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
             ddp_config = gradient_config(
@@ -237,21 +238,15 @@ class MegatronPolicy(MegatronModel):
         # Rows without tokens to train on are skipped, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows
-        shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
+        shards = self._shard(rows, batch)
         packed, _ = self._pack(batch, shards, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
         # number of micro-batches and its DDP by the number of replicas: undo both. (DDP averages
         # over context-parallel ranks, too, but the schedule has multiplied by their number.)
         undo_averaging = len(packed) * self._dp_size
 
-        def loss_of(
-            of_tokens: TokenValues, micro_batch: PackedMicroBatch
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            inputs = LossInput.from_packed(micro_batch, *of_tokens)
-            value, statistics = losses[algorithm.loss_type](inputs, algorithm)
-            statistics |= count_nonfinite(micro_batch, of_tokens.logprobs, value)
-            if self.trace is not None:
-                self.trace.at_loss(inputs, value, algorithm)
+        def loss_of(of_tokens: Any, micro_batch: PackedMicroBatch) -> Loss:
+            value, statistics = self._loss(of_tokens, micro_batch, batch, algorithm)
             return value * undo_averaging, statistics
 
         begin = None
@@ -275,6 +270,21 @@ class MegatronPolicy(MegatronModel):
         grad_norm = float(self.optimizer.get_grad_norm())
         found = find_nonfinite(metrics, grad_norm, self.ddp, found_inf=found_inf)
         return metrics, grad_norm, found
+
+    def _loss(
+        self,
+        of_tokens: Any,
+        micro_batch: PackedMicroBatch,
+        batch: TrainBatch,
+        algorithm: GrpoConfig,
+    ) -> Loss:
+        """The loss of a micro-batch of `batch`, from what the head computes, and statistics."""
+        inputs = LossInput.from_packed(micro_batch, *of_tokens)
+        value, statistics = compute_loss(inputs, algorithm)
+        statistics |= count_nonfinite(micro_batch, of_tokens.logprobs, value)
+        if self.trace is not None:
+            self.trace.at_loss(inputs, value, algorithm)
+        return value, statistics
 
     def _compute_gradients(
         self,
@@ -327,18 +337,6 @@ class MegatronPolicy(MegatronModel):
         with replacing_folder(folder) if is_first else nullcontext(folder) as partial:
             self.adapters.stage_files(partial, base_name(self.config, self.folder))()
         dist.barrier()
-
-    def offload_optimizer(self) -> None:
-        """Drop gradients, and start moving the optimizer's state to host memory."""
-        self.offload.offload_optimizer()
-
-    def offload_weights(self) -> None:
-        """Move the weights to host memory; then the memory of all that moves is free."""
-        self.offload.offload_weights()
-
-    def onload(self) -> None:
-        """Take the GPU again, for log-probs, updates and weight sync."""
-        self.offload.onload()
 
     def finished_version(self) -> int | None:
         """Number of updates that the weights have had; None if the last one did not end."""

@@ -35,7 +35,7 @@ def begin_model(model: MegatronModel, folder: Path) -> None:
     """
     check_finite(f"the {model.role}", model.model.named_parameters())
     in_background = model.config.checkpoint.async_save
-    write = _stage(model, folder, copies=in_background)
+    write = _stage(model, folder, copies=in_background, is_adapter=model.saves_adapter)
     model.writer.start(folder, FilesOfFirst(write), in_background=in_background)
 
 
@@ -47,7 +47,7 @@ def begin_checkpoint(policy: MegatronPolicy, folder: Path) -> None:
     copies = policy.config.checkpoint.async_save
     files = CheckpointFiles(
         folder,
-        _stage(policy, folder, copies=copies),
+        _stage(policy, folder, copies=copies, is_adapter=policy.adapters is not None),
         policy.weights,
         policy.optimizer,
         policy.scheduler,
@@ -57,23 +57,25 @@ def begin_checkpoint(policy: MegatronPolicy, folder: Path) -> None:
     policy.writer.start(folder, files, in_background=copies)
 
 
-def _stage(model: MegatronModel, folder: Path, *, copies: bool) -> Write:
+def _stage(model: MegatronModel, folder: Path, *, copies: bool, is_adapter: bool) -> Write:
     """A function that writes a model or its adapter into an existing folder; every rank calls.
 
     With `copies` it writes what the weights are now. Else it has nothing left to do but to raise
     what went wrong: the other ranks took part in a write that is over.
     """
-    if model.adapters is not None:
+    if is_adapter:
+        assert model.adapters is not None
         return model.adapters.stage_files(folder, base_name(model.config, model.folder))
-    tensors = model.weights.export()
+    tensors = model.whole_weights().export()
     if dist.get_rank() != 0:
         for _ in tensors:  # takes part in the collectives
             pass
         return lambda: None
 
     def write(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        everything = chain(tensors, untrained_tensors(model.folder))
-        write_model_files(model.folder, folder, everything, model.dtype)
+        everything = chain(tensors, untrained_tensors(model.folder, shape=model.shape))
+        changes = model.config_changes
+        write_model_files(model.folder, folder, everything, model.dtype, changes=changes)
 
     if copies:
         staged = [(name, in_host_memory(tensor)) for name, tensor in tensors]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from rlsys.algo.losses import LossInput, losses
+from rlsys.algo.losses import LossInput, compute_loss
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.step_dump import Step
 
@@ -168,7 +168,7 @@ class _Pass:
             own_T = torch.zeros_like(inputs.mask)
             own_T[start:end] = inputs.mask[start:end]
             with torch.no_grad():
-                value, _ = losses[algorithm.loss_type](replace(inputs, mask=own_T), algorithm)
+                value, _ = compute_loss(replace(inputs, mask=own_T), algorithm)
             if not value.isfinite():
                 texts.append(f"row {row}: {value.item():g}")
         return _some(texts) or "of the rows together, not of any alone"

@@ -8,7 +8,7 @@ at a time, or one parameter of all experts of a layer. A round trip is bit-equal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,12 @@ class MegatronWeights:
         ]
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, may_lack: Collection[str] = ()) -> None:
         """Read this rank's slices of a model folder.
+
+        Args:
+            folder: of a model, or of an adapter if the table is one's.
+            may_lack: Hugging Face's names of tensors that stay as they are where it lacks them.
 
         Raises:
             ValueError: a tensor is missing, or has another shape than the model's.
@@ -84,9 +88,14 @@ class MegatronWeights:
         rank, size = self._tp.rank(), self._tp.size()
         loaded = set()
         with SafetensorsReader(folder) as reader:
+            lacking = {*may_lack} - {*reader.names}
             for row in self.table:
                 name = self._own_name(row)
-                if name is not None:
+                if name is None:
+                    continue
+                if not lacking.isdisjoint(row.hf_names):
+                    loaded.add(name)
+                else:
                     parts = [reader.part(part, row.tp_axis, rank, size) for part in row.parts]
                     self._copy(row.fuse(parts, size), name)
                     loaded.add(name)

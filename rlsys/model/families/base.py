@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = "score.weight"
+"""The head of a sequence classifier, under both names."""
 WINDOW_TYPES = ("full_attention", "sliding_attention")
 """Kinds of layers in layer_types, and entries of rope_parameters that has one for each kind."""
 Norms = Literal["pre", "post", "sandwich"]
@@ -277,6 +279,10 @@ class ModelFamily:
     """The class that vLLM builds: it reads `architectures`, not model_type."""
     sizes: tuple[str, ...] = ()
     """Further keys of config.json that are whole numbers of at least 1."""
+    has_classifier: bool = True
+    """Whether transformers has a class of the same model with a score head."""
+    own_classifier: str = ""
+    """That class, where its name does not follow from `architecture`."""
     keys: tuple[str, ...] = ()
     """Further keys of config.json that rlsys implements."""
     inert: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -327,6 +333,13 @@ class ModelFamily:
     is_bridged: bool = False
     """Whether mcore-bridge has the weights: the rows then only count parameters."""
 
+    @property
+    def classifier(self) -> str:
+        """transformers' class of the model with a score head."""
+        assert self.has_classifier, "see key_problems"
+        derived = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return self.own_classifier or derived
+
     def layer(self, shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
         """Rows of one decoder layer, with names relative to the layer, in the model's order."""
         size, hf_names = shape.hidden_size, _HF_NORMS[self.norms]
@@ -358,6 +371,8 @@ def weight_table(shape: ModelShape) -> list[WeightRow]:
         ),
         WeightRow(*norm),
     ]
-    if not shape.tied:
+    if shape.num_labels is not None:
+        rows.append(WeightRow((SCORE,), (SCORE,), ((shape.num_labels, shape.hidden_size),)))
+    elif not shape.tied:
         rows.append(WeightRow((OUTPUT,), (HF_OUTPUT,), (embedding_shape,), tp_axis=0))
     return rows

@@ -28,6 +28,7 @@ def _own_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 GEMMA3 = ModelFamily(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    own_classifier="Gemma3TextForSequenceClassification",
     sizes=("sliding_window_pattern",),
     keys=("query_pre_attn_scalar", "rope_local_base_freq"),
     inert={

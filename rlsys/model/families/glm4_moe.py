@@ -24,6 +24,7 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 GLM4_MOE = ModelFamily(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
+    has_classifier=False,
     sizes=(*EXPERT_SIZES, *GROUP_SIZES),
     keys=(*SIGMOID_KEYS, "attention_bias", "use_qk_norm"),
     defaults={

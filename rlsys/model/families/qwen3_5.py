@@ -25,6 +25,7 @@ def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 QWEN3_5 = ModelFamily(
     model_type="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
+    own_classifier="Qwen3_5TextForSequenceClassification",
     sizes=LINEAR_SIZES,
     inert={
         "attn_output_gate": (True,),

@@ -30,6 +30,7 @@ QWEN3_5_MOE = replace(
     QWEN3_5,
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
+    has_classifier=False,
     sizes=(*QWEN3_5.sizes, *EXPERT_SIZES, "shared_expert_intermediate_size"),
     keys=("num_experts", "num_local_experts", *BALANCING_KEYS),
     inert={**QWEN3_5.inert, "norm_topk_prob": (True,)},

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.schema.health import HealthConfig
 from rlsys.tracking.health.base import Rule
 from rlsys.tracking.health.reward_rules import (
@@ -49,7 +49,7 @@ def rules_of(config: RunConfig, *, dtype: str, completions: Path | None = None) 
         completions: the run's completions.jsonl or None, for commands in warnings.
     """
     rules = list(_of_every_run(config))
-    if isinstance(config, SftConfig):
+    if isinstance(config, SftConfig | PreferenceConfig | RewardModelConfig):
         if config.tracking.health is not None:
             rules += _of_supervised(config)
     elif isinstance(config, Config):
@@ -71,7 +71,9 @@ def _of_every_run(config: RunConfig) -> Iterator[Rule]:
         yield SlowStep(health.slow_step)
 
 
-def _of_supervised(config: SftConfig) -> Iterator[Rule]:
+def _of_supervised(
+    config: SftConfig | PreferenceConfig | RewardModelConfig,
+) -> Iterator[Rule]:
     health = config.tracking.health
     if health is not None and health.overfitting is not None:
         yield Overfitting(health.overfitting)

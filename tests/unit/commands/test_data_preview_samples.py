@@ -12,10 +12,15 @@ from data_cases import assistant, user, write_jsonl
 from rich.console import Console
 
 from rlsys.cli import main
-from rlsys.commands.data_preview_samples import marked_parts, preview_samples
-from rlsys.config import Config, SftConfig, SftDataConfig
+from rlsys.commands.data_preview_samples import (
+    marked_parts,
+    preview_preferences,
+    preview_samples,
+)
+from rlsys.config import Config, PreferenceDataConfig, SftConfig, SftDataConfig
 from rlsys.config.method import schema_of
 from rlsys.config.yaml_text import dump_yaml
+from rlsys.data.preferences import load_preferences
 from rlsys.data.samples import SampleRules, load_samples
 
 
@@ -153,3 +158,21 @@ def test_the_sections_of_a_config_say_its_method(content, words, schema, tmp_pat
     path.write_text(content)
     assert schema_of(path, words) is schema
     assert schema_of(tmp_path / "none.yaml") is Config
+
+
+def test_both_answers_of_a_pair_are_shown(tmp_path):
+    tokenizer = tokenizer_of(unmarked(TEMPLATES["chatml"]))
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "1 + 1?", "chosen": "Two", "rejected": "Three"}]
+    )
+    config = PreferenceDataConfig(dataset=[source], max_length=100)
+    data = load_preferences(config, tokenizer, is_paired=True, seed=0)
+    file = io.StringIO()
+    preview_preferences(config, data, tokenizer, Console(file=file, width=200), num_rows=1)
+    text = file.getvalue()
+    chosen, rejected = text.partition("chosen, or desirable\n")[2].split("rejected, or undesi")
+    assert "Two<|im_end|>" in chosen
+    assert "Three<|im_end|>" in rejected
+    assert chosen.startswith("a:1/chosen  ")
+    assert "stands what is trained on" in text
+    assert "1 row to train on, 0 to evaluate on." in text

@@ -61,6 +61,8 @@ class FieldReads(ast.NodeVisitor):
             return self.sections[text]
         if text == "config" or text.endswith(".config"):
             return ""
+        if text.endswith(".used_teacher"):  # the section, where the run has a teacher
+            return "teacher"
         if isinstance(node, ast.Attribute) and (outer := self.resolve(node.value)) is not None:
             name = f"{outer}.{node.attr}".lstrip(".")
             return name if name in ALL_SECTIONS else None

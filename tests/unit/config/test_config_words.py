@@ -224,6 +224,7 @@ PATHS = {
     "model.path": ("${BASE}/x", "/base/x"),
     "policy.lora.path": ("$BASE/x", "/base/x"),
     "reference.path": ("$BASE", "/base"),
+    "teacher.path": ("$BASE", "/base"),
     "data.dataset": (["~/a", "$BASE/a.jsonl#10"], ["/home/me/a", "/base/a.jsonl#10"]),
     "data.val_dataset": (["$BASE/a:s:test"], ["/base/a:s:test"]),
     "data.external_plugins": (["$BASE/p.py"], ["/base/p.py"]),
@@ -244,7 +245,8 @@ def test_variables_are_replaced_in_every_path(load, monkeypatch, name):
     monkeypatch.setenv("BASE", "/base")
     monkeypatch.setenv("HOME", "/home/me")
     written, expanded = PATHS[name]
-    config = load(**nested({name: written}))
+    uses = {"grpo.opd_kl_coef": 1.0} if name == "teacher.path" else {}
+    config = load(**nested({name: written, **uses}))
     assert attrgetter(name)(config) == expanded
 
 

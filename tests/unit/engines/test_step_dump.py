@@ -12,7 +12,7 @@ from rlsys.algo.batching import build_sample_batch
 from rlsys.commands.replay import about, replay_config, report
 from rlsys.config.load import load_config
 from rlsys.engines.step_dump import STEP, Fault, Step, read_step, write_step
-from rlsys.types import Sample, TrainBatch
+from rlsys.types import Sample, TeacherRows, TrainBatch
 
 
 def make_batch(rows=3, tokens=5):
@@ -27,6 +27,20 @@ def make_batch(rows=3, tokens=5):
         kept=torch.tensor([True, False, True]),
         routed_experts=[np.full((n, 2, 2), n, dtype=np.uint8) for n in (4, 2, 3)],
     )
+
+
+def test_what_a_teacher_said_of_each_token_is_read_again(tmp_path, config):
+    batch = make_batch()
+    batch.teacher = TeacherRows(
+        hidden=[np.full((n, 4), n, dtype=np.int16) for n in (3, 3, 3)],
+        top_ids=[],
+        top_logprobs=[],
+    )
+    read = read_step(written(tmp_path, config, batch)).step.batch
+    for one, other in zip(read.teacher.hidden, batch.teacher.hidden, strict=True):
+        assert one.dtype == np.int16
+        assert np.array_equal(one, other)
+    assert read.teacher.top_ids == []
 
 
 @pytest.fixture

@@ -218,6 +218,7 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
         rollouts=rollouts,
         policy=policy,
         reference=None,
+        teacher=None,
         publisher=policy,
         restarts=Restarts(config.recovery),
         timeline=Timeline(),

@@ -10,7 +10,13 @@ from tracking_cases import DRIVER_METRICS, make_config, make_group
 
 from rlsys.config import SftConfig
 from rlsys.tracking.composite import Progress
-from rlsys.tracking.console import LinesTracker, TerminalTracker, console_tracker
+from rlsys.tracking.console import (
+    PREFERENCE_COLUMNS,
+    REWARD_MODEL_COLUMNS,
+    LinesTracker,
+    TerminalTracker,
+    console_tracker,
+)
 
 SHOWN_IN_80_COLUMNS = ["1.367", "0.307", "667", "0.316", "0.0215", "-1.20e-03", "290.0", "1175"]
 
@@ -162,3 +168,31 @@ def test_a_supervised_run_trains_and_samples_nothing(tmp_path, monkeypatch):
     assert "loss" in shown
     assert "sampling" not in shown
     assert "finished" in shown
+
+
+def test_reward_models_show_accuracies_and_margins(capsys):
+    tracker = LinesTracker(40, REWARD_MODEL_COLUMNS)
+    tracker.log_metrics(0, {"eval/loss": 0.69, "eval/accuracy": 0.5, "eval/num_pairs": 7})
+    tracker.log_metrics(0, {"eval/b/accuracy": 0.5, "eval/b/margin": 1.25})
+    tracker.log_metrics(1, {"loss": 0.7, "accuracy": 0.75, "margin": 0.1})
+    tracker.log_metrics(2, {"loss": 0.7, "mae": 0.75})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "held-out after step 0 | loss 0.69 | accuracy 0.500",
+        "held-out after step 0 | b accuracy 0.500 | b margin 1.250",
+        "step 1/40 | loss 0.7000 | accuracy 0.750 | margin 0.100",
+        "step 2/40 | loss 0.7000",
+    ]
+
+
+def test_preference_training_shows_accuracies_and_margins(capsys):
+    tracker = LinesTracker(40, PREFERENCE_COLUMNS)
+    tracker.log_metrics(0, {"eval/loss": 0.69, "eval/rewards/accuracies": 0.5, "eval/kl": 0.1})
+    tracker.log_metrics(0, {"eval/b/rewards/accuracies": 0.5, "eval/b/rewards/margins": 1.25})
+    tracker.log_metrics(1, {"loss": 0.7, "rewards/accuracies": 0.75, "rewards/margins": 0.1})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "held-out after step 0 | loss 0.69 | accuracy 0.500",
+        "held-out after step 0 | b accuracy 0.500 | b margin 1.250",
+        "step 1/40 | loss 0.7000 | accuracy 0.750 | margin 0.100",
+    ]

@@ -1,0 +1,1 @@
+"""The running roles of further methods of training, beside those in rlsys/system.py."""

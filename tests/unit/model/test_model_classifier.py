@@ -1,0 +1,72 @@
+"""Folders of sequence classifiers: transformers' classes, labels, and the token of the score."""
+
+import json
+
+import pytest
+from config_cases import write_model
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
+)
+
+from rlsys.config import LoraConfig
+from rlsys.model.adapter_folder import write_adapter_config
+from rlsys.model.classifier import classifier_config, pad_token_id
+from rlsys.model.families import FAMILIES
+from rlsys.model.families.base import SCORE, weight_table
+from rlsys.model.lora import adapter_table, plan_lora
+from rlsys.model.shape import read_model_shape
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_names_the_class_of_transformers(model_type):
+    family = FAMILIES[model_type]
+    assert (family.classifier if family.has_classifier else None) == CLASSES.get(model_type)
+
+
+def shape_of(folder, num_labels=1, **sizes):
+    return read_model_shape(write_model(folder, **sizes), num_labels=num_labels)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_in_the_place_of_the_output_head(tmp_path, tied):
+    shape = shape_of(tmp_path, num_labels=3, tie_word_embeddings=tied)
+    rows = {row.names[0]: row for row in weight_table(shape)}
+    assert "output_layer.weight" not in rows
+    assert rows[SCORE].hf_shapes == ((3, shape.hidden_size),)
+    assert rows[SCORE].tp_axis is None
+    assert shape.num_params == sum(row.num_params for row in rows.values())
+
+
+def test_what_config_json_says_of_a_classifier(tmp_path):
+    shape = shape_of(tmp_path, num_labels=2)
+    found = classifier_config(tmp_path, shape, label_names=["bad", "good"], problem_type="x")
+    assert found["id2label"] == {"0": "bad", "1": "good"}
+    assert found["label2id"] == {"bad": 0, "good": 1}
+    assert found["architectures"] == [FAMILIES[shape.model_type].classifier]
+    unnamed = classifier_config(tmp_path, shape, label_names=[], problem_type=None)
+    assert list(unnamed["label2id"]) == ["LABEL_0", "LABEL_1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pad_token": "<pad>", "eos_token": "<eos>"}, 0),
+        ({"pad_token": {"content": "<pad>"}, "eos_token": "<eos>"}, 0),
+        ({"eos_token": "<eos>"}, 1),
+        ({}, None),
+    ],
+)
+def test_rows_are_padded_by_the_pad_token_or_eos(tmp_path, config, expected):
+    vocabulary = {"model": {"vocab": {"<pad>": 0, "<eos>": 1, "a": 2}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert pad_token_id(tmp_path) == expected
+
+
+def test_an_adapter_with_a_head_is_for_classification(tmp_path):
+    shape = shape_of(tmp_path / "model")
+    plan = plan_lora(LoraConfig(modules_to_save=["score"]), shape)
+    names = [name for row in adapter_table(shape, plan) for name in row.hf_names]
+    assert names[-1] == "base_model.model.score.weight"
+    write_adapter_config(tmp_path, plan, "base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
