@@ -22,6 +22,7 @@ CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
 """TRL's columns."""
 REJECTED_ANSWERS = ("rejected_response", "rejected_messages")
 """ms-swift's columns beside `messages` with the chosen answer."""
+_ANSWERS = (CHOSEN, REJECTED, *REJECTED_ANSWERS)
 _WANTED = (
     "a row needs `chosen` and `rejected` with a `prompt` (TRL), or `messages` and "
     "`rejected_response` (ms-swift)"
@@ -59,23 +60,22 @@ def parse_pair(row: Row, *, system: str | None) -> None:
         system: put before rows without a system message; None adds nothing.
 
     Raises:
-        BadRow: as `parse_sample`; no pair, or answers that are the same.
+        BadRow: as `parse_sample`; no pair, or more than one; answers that are the same, or to
+            different prompts.
     """
-    values = row.columns
-    refuse_media(values)
-    if any(values.get(name) is not None for name in REJECTED_ANSWERS):
-        found = _read_swift(row)
-    elif values.get(CHOSEN) is not None and values.get(REJECTED) is not None:
-        found = _read_trl(row)
-    else:
-        raise BadRow(f"has no pair of answers: {_WANTED}; it has {', '.join(values) or 'none'}")
-    reading, rejected = found.reading, found.rejected
+    refuse_media(row.columns)
+    found = _read_pair(row)
+    leave_out(row, *_ANSWERS)
+    reading, rejected, first = found
     if reading.messages == rejected:
         said = " ".join(rejected[-1]["content"].split()) if rejected else ""
         raise BadRow(
             f"the chosen and the rejected answer are the same, {said!r:.60}: there is nothing to "
             "prefer. Leave the row out"
         )
+    if first is None:
+        first = _num_common(reading.messages, rejected)
+    _check_prompt(reading.messages[:first])
     number = len(reading.messages)
     finish_row(row, reading, system=system)
     added = len(row.messages) - number
@@ -86,7 +86,7 @@ def parse_pair(row: Row, *, system: str | None) -> None:
         other.text, other.completion = row.text, rejected[-1]["content"]
     for one, what in ((row, CHOSEN), (other, REJECTED)):
         try:
-            one.targets = targets_of(one.messages, found.first + added, "all")
+            one.targets = targets_of(one.messages, first + added, "all")
         except BadRow as error:
             raise BadRow(f"the {what} answer: {error}") from None
         one.messages = [{k: v for k, v in m.items() if k != LOSS} for m in one.messages]
@@ -117,28 +117,42 @@ class _Found(NamedTuple):
     reading: Reading
     """With the chosen conversation."""
     rejected: list[Message]
-    first: int
-    """The first message that may be trained on: those before it are the prompt."""
+    num_prompt: int | None
+    """Messages of the prompt, which are not trained on. None: two whole conversations, whose prompt
+    is what both begin with."""
 
 
-def _read_swift(row: Row) -> _Found:
+def _read_pair(row: Row) -> _Found:
+    """The pair of a row, in the one format that it has."""
+    given = [name for name in _ANSWERS if row.columns.get(name) is not None]
+    if given == [CHOSEN, REJECTED]:
+        return _read_trl(row)
+    if len(given) == 1 and given[0] in REJECTED_ANSWERS:
+        return _read_swift(row, given[0])
+    if set(given) & set(REJECTED_ANSWERS):
+        raise BadRow(
+            f"has answers in {', '.join(given)}, which are not one pair: keep `chosen` and "
+            "`rejected`, or one of `rejected_response` and `rejected_messages`"
+        )
+    columns = ", ".join(row.columns) or "none"
+    raise BadRow(f"has no pair of answers: {_WANTED}; it has {columns}")
+
+
+def _read_swift(row: Row, name: str) -> _Found:
     """The pair of a row with the chosen conversation in `messages`, or in another format."""
-    values = row.columns
+    value = row.columns[name]
     reading = read_row(row)
     add_answer(row, reading)
     messages = reading.messages
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow(
             "the conversation does not end with a turn of the assistant, which is the chosen "
-            "answer beside rejected_response"
+            f"answer beside {name}"
         )
-    response, conversation = REJECTED_ANSWERS
-    leave_out(row, *REJECTED_ANSWERS)
-    if values.get(conversation) is not None:
-        rejected = read_turns(parse_cell(values[conversation], conversation))
+    if name == "rejected_messages":
         row.completion = None
-        return _Found(reading, rejected, _num_common(messages, rejected))
-    said = {"role": "assistant", "content": answer_text(values[response], response)}
+        return _Found(reading, read_turns(parse_cell(value, name)), None)
+    said = {"role": "assistant", "content": answer_text(value, name)}
     return _Found(reading, [*messages[:-1], said], len(messages) - 1)
 
 
@@ -147,27 +161,41 @@ def _read_trl(row: Row) -> _Found:
     values = row.columns
     chosen, rejected = (_turns_or_text(values[name]) for name in (CHOSEN, REJECTED))
     whole = [_is_conversation(cell) for cell in (chosen, rejected)]
+    has_prompt = any(values.get(name) is not None for name in PROMPT_COLUMNS)
     if all(whole):
+        messages = read_turns(chosen)
+        used = _repeated_prompt(row, messages) if has_prompt else ()
         row.format = "chosen-rejected"
-        reading = Reading(CHOSEN, read_turns(chosen), False, (CHOSEN, REJECTED))
-        others = read_turns(rejected)
-        return _Found(reading, others, _num_common(reading.messages, others))
+        return _Found(Reading(CHOSEN, messages, False, used), read_turns(rejected), None)
     if any(whole):
         raise BadRow("one of chosen and rejected is a whole conversation, and the other an answer")
-    leave_out(row, CHOSEN, REJECTED)
+    if not has_prompt:
+        raise BadRow(
+            "has no prompt, and chosen and rejected are no whole conversations: give the prompt in "
+            "a column `prompt`, and the answers alone in chosen and rejected. A data.preprocessor "
+            "can split texts that begin with their prompt"
+        )
     reading = read_row(row)
     prompt = list(reading.messages)
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-        found = f"a turn of {prompt[-1]['role']!r}" if prompt else "nothing"
-        raise BadRow(
-            f"the prompt ends with {found}; it must end with a turn of the user or of a tool, "
-            "which the answers follow"
-        )
     reading.messages.extend(_answer(chosen, CHOSEN))
     others = _answer(rejected, REJECTED)
     if reading.is_text and isinstance(chosen, str) and isinstance(rejected, str):
         row.completion = chosen
     return _Found(reading, prompt + others, len(prompt))
+
+
+def _repeated_prompt(row: Row, conversation: list[Message]) -> tuple[str, ...]:
+    """Columns with a prompt beside a whole conversation, which only repeat turns of it."""
+    given = read_row(row)
+    known = [(message["role"], message["content"].strip()) for message in conversation]
+    for message in given.messages:
+        if (message["role"], message["content"].strip()) not in known:
+            raise BadRow(
+                f"the column {given.column!r} has {_shown([message])}, which is not in chosen: "
+                "chosen and rejected are whole conversations, with their prompt. Correct it, or "
+                "give the column another name with data.columns"
+            )
+    return given.used
 
 
 def _turns_or_text(cell: Any) -> Any:
@@ -192,4 +220,28 @@ def _answer(cell: Any, name: str) -> list[Message]:
 def _num_common(messages: list[Message], others: list[Message]) -> int:
     """Messages that two conversations begin with, so that an answer of each is left."""
     most = max(min(len(messages), len(others)) - 1, 0)
-    return next((i for i in range(most) if messages[i] != others[i]), most)
+    first = next((i for i in range(most) if messages[i] != others[i]), most)
+    ends = messages[first:], others[first:]
+    if not all(end and end[0]["role"] == "assistant" for end in ends):
+        raise BadRow(
+            f"chosen and rejected answer different prompts: message {first + 1} is "
+            f"{_shown(ends[0])} in one, and {_shown(ends[1])} in the other. Give both the same "
+            "turns up to their answers"
+        )
+    return first
+
+
+def _check_prompt(prompt: list[Message]) -> None:
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        raise BadRow(
+            f"the prompt ends with {_shown(prompt[-1:])}; it must end with a turn of the user or "
+            "of a tool, which the answers follow"
+        )
+
+
+def _shown(turns: list[Message]) -> str:
+    """The first turn, for errors."""
+    if not turns:
+        return "nothing"
+    words = " ".join(turns[0]["content"].split())
+    return f"a turn of {turns[0]['role']!r}, {words!r:.60}"

@@ -129,6 +129,13 @@ def test_labelled_answers(load, tokenizer):
     assert texts == ["Two" + END, "Three" + END, "Three" + END, "Two" + END]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def whole(question, answer):
+    return [*user(question), *assistant(answer)]
+
+
 BAD_PAIRS = [
     (PAIR | {"rejected": "Two"}, "answer are the same, 'Two': there is nothing to prefer"),
     (PAIR | {"rejected": "<think>\n\n</think>\n\nTwo"}, "answer become the same tokens"),
@@ -141,6 +148,51 @@ BAD_PAIRS = [
     ({"messages": user("a"), "rejected_response": "b"}, "does not end with a turn of the assist"),
     (PAIR | {"rejected": user("a")}, "a whole conversation, and the other an answer"),
     (PAIR | {"images": ["a.png"]}, "has images"),
+    (
+        {"chosen": whole("a", "b"), "rejected": whole("q", "c")},
+        "answer different prompts: message 1",
+    ),
+    (
+        {"messages": whole("a", "b"), "rejected_messages": whole("q", "c")},
+        "message 1 is a turn of 'user', 'a' in one, and a turn of 'user', 'q' in the other",
+    ),
+    (
+        {"chosen": [SYSTEM, *whole("a", "b")], "rejected": whole("a", "c")},
+        "message 1 is a turn of 'system', 'Be brief.' in one",
+    ),
+    (
+        {"messages": whole("a", "b"), "rejected_messages": [SYSTEM | {"content": ""}]},
+        "message 1 is a turn of 'user', 'a' in one, and nothing in the other",
+    ),
+    ({"messages": assistant("b"), "rejected_response": "c"}, "the prompt ends with nothing"),
+    (
+        {
+            "messages": whole("a", "b"),
+            "rejected_response": "c",
+            "rejected_messages": whole("a", "d"),
+        },
+        "has answers in rejected_response, rejected_messages, which are not one pair: keep",
+    ),
+    (
+        PAIR | {"rejected_response": "b"},
+        "in chosen, rejected, rejected_response, which are not one",
+    ),
+    (
+        {"messages": whole("a", "b"), "chosen": "b", "rejected_response": "c"},
+        "in chosen, rejected_response, which are not one pair",
+    ),
+    (
+        {"prompt": "q", "chosen": whole("a", "b"), "rejected": whole("a", "c")},
+        "the column 'prompt' has a turn of 'user', 'q', which is not in chosen: chosen",
+    ),
+    (
+        {"messages": whole("a", "z"), "chosen": whole("a", "b"), "rejected": whole("a", "c")},
+        "the column 'messages' has a turn of 'assistant', 'z', which is not in chosen",
+    ),
+    (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        "has no prompt, and chosen and rejected are no whole conversations: give the prompt in",
+    ),
 ]
 
 
@@ -185,9 +237,31 @@ def test_duplicates_are_pairs_that_agree_in_both_answers(load):
     assert [row.row_id for row in data.train] == ["a:1", "a:2"]
 
 
-def test_unread_columns_are_named(load):
-    data = load(PAIR | {"score": 3})
-    assert any("the column 'score' is not read" in notice for notice in data.notices)
+def test_a_prompt_beside_whole_conversations_repeats_their_turns(load, tokenizer):
+    talk = [SYSTEM, *whole("a", "b"), *user("c")]
+    both = {"chosen": [*talk, *assistant("d")], "rejected": [*talk, *assistant("e")]}
+    for prompt in ({"prompt": " c\n"}, {"prompt": talk}, {"messages": both["chosen"]}):
+        data = load(prompt | both)
+        [row] = data.train
+        texts = [trained(tokenizer, sample).rpartition("\n\n")[2] for sample in row.answers]
+        assert texts == ["d" + END, "e" + END], prompt
+        assert not any("is not read" in notice for notice in data.notices)
+
+
+@pytest.mark.parametrize(
+    ("is_paired", "row", "unread"),
+    [
+        (
+            True,
+            PAIR | {"score": 3, "margin": 2, "label": False, "rejected_response": None},
+            {"score", "margin", "label"},
+        ),
+        (False, LABELLED | {"rejected": "Three"}, {"rejected"}),
+    ],
+)
+def test_unread_columns_are_named(load, is_paired, row, unread):
+    notices = " ".join(load(row, is_paired=is_paired).notices)
+    assert {name for name in row if f"the column {name!r} is not read" in notices} == unread
 
 
 def test_streamed_pairs_are_those_in_memory(load):
