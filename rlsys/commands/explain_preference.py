@@ -94,7 +94,7 @@ def order_of_rows(config: RunConfig) -> str:
 def _reference(config: PreferenceConfig) -> str:
     section = config.preference
     if not section.has_reference:
-        return "none (preference.loss_type, or preference.reference_free)"
+        return f"none: {section.no_reference_because}"
     model = config.reference_path
     if config.reference_is_base:
         model = "the policy with its adapter off"

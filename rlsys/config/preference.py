@@ -110,9 +110,16 @@ class PreferenceSection(Section):
         return not self.reference_free and self.loss_type not in REFERENCE_FREE_LOSSES
 
     @property
+    def no_reference_because(self) -> str:
+        """Why there is nothing to compare with, for messages."""
+        if self.reference_free:
+            return "preference.reference_free is true"
+        return f"preference.loss_type = {self.loss_type} knows no reference"
+
+    @property
     def estimates_kl(self) -> bool:
-        """Whether the loss needs KTO's estimate of the KL."""
-        return self.loss_type == "kto"
+        """Whether the loss needs KTO's estimate of the KL to the reference."""
+        return self.loss_type == "kto" and self.has_reference
 
 
 class PreferenceDataConfig(RowsConfig):
@@ -251,6 +258,12 @@ class PreferenceConfig(RunConfig):
     def has_reference_model(self) -> bool:
         """Whether the run has a reference that is a model of its own."""
         return self.preference.has_reference and not self.reference_is_base
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas of policy or reference, whichever has more: each needs a row of a batch."""
+        of_reference = self.reference.num_replicas if self.has_reference_model else 1
+        return max(self.data_parallel_size, of_reference)
 
     @property
     def reference_path(self) -> str:

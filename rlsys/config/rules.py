@@ -28,7 +28,8 @@ from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config, DataConfig, ReferenceConfig, RowsConfig, RunConfig
+    from rlsys.config.preference import PreferenceConfig
+    from rlsys.config.schema import Config, DataConfig, RowsConfig, RunConfig
 
 
 OWN_TEMPLATE_ARGUMENTS = (
@@ -169,13 +170,20 @@ def _reference_problems(config: Config) -> Iterator[Problem]:
             f"reference.sync_steps = {reference.sync_steps}, but with grpo.beta = 0 there is no "
             "reference: set grpo.beta, or leave sync_steps out"
         )
-    yield from reference_rank_problems(reference, config.policy.world_size, has_reference=beta > 0)
+    if reference.mixup_alpha != 1 and reference.sync_steps is None:
+        yield Problem(
+            f"reference.mixup_alpha = {reference.mixup_alpha:g} is for the copies of "
+            "reference.sync_steps, and that is null: set it, or leave mixup_alpha out"
+        )
+    rows = config.rollout.generation_batch_size
+    yield from reference_rank_problems(config, rows, "rollout.generation_batch_size")
 
 
 def reference_rank_problems(
-    reference: ReferenceConfig, policy_ranks: int, *, has_reference: bool
+    config: Config | PreferenceConfig, num_rows: int, rows_are: str
 ) -> Iterator[Problem]:
-    """Rules about the ranks of a reference that is a model of its own."""
+    """Rules about the ranks of a reference that is a model of its own, given the rows of a step."""
+    reference, policy_ranks = config.reference, config.policy.world_size
     tp, cp = reference.tensor_parallel_size, reference.context_parallel_size
     if reference.world_size % (tp * cp):
         yield Problem(
@@ -183,7 +191,13 @@ def reference_rank_problems(
             f"reference.tensor_parallel_size {tp} x context_parallel_size {cp} = {tp * cp}: use "
             f"{near_multiples(reference.world_size, tp * cp)} ranks"
         )
-    shares = has_reference and reference.placement == "policy"
+    elif config.has_reference_model and reference.num_replicas > num_rows:
+        yield Problem(
+            f"reference.world_size = {reference.world_size} makes {reference.num_replicas} "
+            f"replicas, and a step has {num_rows} rows for them ({rows_are}): use at most "
+            f"{num_rows * tp * cp} ranks, or more rows"
+        )
+    shares = config.has_reference_model and reference.placement == "policy"
     if shares and reference.world_size > policy_ranks:
         yield Problem(
             f"reference.world_size = {reference.world_size} is more than the policy's ranks, "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlsys.config.rules import reference_rank_problems, rows_problems, run_problems
+from rlsys.config.rules_adapters import base_reference_problems, unread_reference_problems
 from rlsys.problems import Problem
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ LOSSES_OF_FIELD = {
     "undesirable_weight": ("kto", "apo_zero_unpaired"),
 }
 """Fields of `preference` that only some losses read."""
-_REFERENCE_FIELDS = ("path", "world_size", "tensor_parallel_size", "context_parallel_size")
 
 
 def preference_problems(config: PreferenceConfig) -> list[Problem]:
@@ -58,6 +58,12 @@ def _loss_problems(config: PreferenceConfig) -> Iterator[Problem]:
         yield Problem(
             "preference.loss_type = exo_pair takes the logarithm of preference.label_smoothing, "
             "and that is 0: set it to a small number, such as 0.001"
+        )
+    if loss == "robust" and section.label_smoothing == 0:
+        yield Problem(
+            "preference.loss_type = robust with preference.label_smoothing = 0 is sigmoid: set "
+            "label_smoothing to the share of pairs with a wrong label, such as 0.1, or choose "
+            "sigmoid"
         )
     if (
         section.f_alpha_divergence_coef != fields["f_alpha_divergence_coef"].default
@@ -109,15 +115,17 @@ def _reference_problems(config: PreferenceConfig) -> Iterator[Problem]:
             f"reference.sync_steps = {reference.sync_steps} copies the policy's weights into the "
             "reference, which `rlsys preference` does not do: leave it out"
         )
-    if not section.has_reference:
-        why = "preference.reference_free is true"
-        if not section.reference_free:
-            why = f"preference.loss_type = {section.loss_type} knows no reference"
+    if config.has_reference_model:
+        if reference.mixup_alpha != 1:
+            yield Problem(
+                f"reference.mixup_alpha = {reference.mixup_alpha:g} is for copies of the policy's "
+                "weights, which `rlsys preference` does not make: leave it out"
+            )
+        yield from reference_rank_problems(config, config.rows_per_step, "policy.global_batch_size")
+    elif section.has_reference:
+        yield from base_reference_problems(reference)
+    else:
+        why = section.no_reference_because
         if section.precompute_ref_log_probs:
             yield Problem(f"preference.precompute_ref_log_probs is set, and {why}: leave it out")
-        for name in _REFERENCE_FIELDS:
-            value = getattr(reference, name)
-            if value != type(reference).model_fields[name].default:
-                yield Problem(f"reference.{name} = {value} is set, and {why}: leave it out")
-    elif config.has_reference_model:
-        yield from reference_rank_problems(reference, config.policy.world_size, has_reference=True)
+        yield from unread_reference_problems(reference, f"{why}: leave it out")

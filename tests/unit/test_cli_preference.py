@@ -38,6 +38,7 @@ def refused(capsys, *words) -> str:
             "preference.label_smoothing = 0.1 is not read by preference.loss_type = sigmoid: leave",
         ),
         ("--preference.loss_type exo_pair", "takes the logarithm of preference.label_smoothing"),
+        ("--preference.loss_type robust", "robust with preference.label_smoothing = 0 is sigmoid"),
         ("--preference.simpo_gamma 2", "simpo_gamma = 2.0 is not read by preference.loss_type"),
         (
             "--preference.loss_type orpo --preference.rpo_alpha 1",
@@ -57,13 +58,30 @@ def refused(capsys, *words) -> str:
         ),
         (
             "--preference.reference_free true --reference.path other",
-            "reference.path = other is set, and preference.reference_free is true: leave it out",
+            "reference.path = other changes nothing, since preference.reference_free is true",
         ),
         (
             "--preference.loss_type cpo --reference.world_size 2",
-            "reference.world_size = 2 is set, and preference.loss_type = cpo knows no reference",
+            "reference.world_size = 2 changes nothing, since preference.loss_type = cpo knows no",
+        ),
+        (
+            "--preference.loss_type simpo --reference.placement own",
+            "reference.placement = own changes nothing, since preference.loss_type = simpo",
+        ),
+        (
+            "--policy.lora.rank 4 --reference.placement own",
+            "reference.placement = own changes nothing, since the reference is the policy with its",
+        ),
+        (
+            "--policy.lora.rank 4 --reference.mixup_alpha 0.5",
+            "reference.mixup_alpha = 0.5 changes nothing, since the reference is the policy with",
         ),
         ("--reference.sync_steps 5", "which `rlsys preference` does not do: leave it out"),
+        ("--reference.mixup_alpha 0.5", "weights, which `rlsys preference` does not make: leave"),
+        (
+            "--reference.world_size 8 --reference.placement own",
+            "reference.world_size = 8 makes 8 replicas, and a step has 4 rows for them (policy.",
+        ),
         ("--reference.world_size 2", "reference.world_size = 2 is more than the policy's ranks"),
         ("--reference.path /nowhere", "reference.path: "),
         ("--data.prompt_template {prompt}", "`rlsys preference` does not read it: leave it out"),

@@ -104,6 +104,14 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             {"reference": {"world_size": 2}, "grpo": {"beta": 0.1}},
             ["reference.world_size = 2", "policy.world_size = 1", "reference.placement to own"],
         ),
+        (
+            {"reference": {"world_size": 32, "placement": "own"}, "grpo": {"beta": 0.1}},
+            ["makes 32 replicas", "16 rows for them (rollout.generation_batch_size)", "most 16"],
+        ),
+        (
+            {"reference": {"mixup_alpha": 0.5}},
+            ["mixup_alpha = 0.5", "sync_steps, and that is null"],
+        ),
         ({"reward": {"reward_weights": [1.0]}}, ["1 value for 2", "2 reward functions"]),
         ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
         ({"reward": {"reward_funcs": []}}, ["nothing scores", "reward.reward_model"]),
