@@ -133,6 +133,7 @@ def train_preference(
         if config.preference.has_reference:
             with timer("ref_logprobs"):  # what the loss compares the policy with
                 system.compare(rows, batch)
+                batch.kl = system.estimate_kl(rows)
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):
                 update = policy.update(batch)
@@ -188,9 +189,10 @@ def evaluate_preference(system: PreferenceSystem) -> Metrics:
     """Loss, rewards and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
     metrics: dict[str, float] = {}
     for name, held_out in system.held_out_sets.items():
-        parts = []
+        kl, parts = system.estimate_kl(held_out), []
         for rows, batch in system.parts(held_out):
             system.compare(rows, batch, of=f"eval/{name}")
+            batch.kl = kl
             parts.append(HeldOut(batch, system.policy.compute_logprobs(batch)[0]))
         prefix = f"eval/{name}/" if name else "eval/"
         found = held_out_metrics(parts, system.config.algorithm)

@@ -44,20 +44,31 @@ def answer_logps(logprobs_NS: Tensor) -> Tensor:
 
 
 def mismatched(rows: Sequence[Preference], max_length: int) -> list[Sample]:
-    """Each prompt of a step with the answer to the prompt before it: KTO (arXiv:2402.01306), 4.1.
+    """Each prompt of some rows with the answer to another one: KTO (arXiv:2402.01306), 4.1.
 
-    The log ratios of such answers estimate KL(policy || reference). What is longer than
+    The log ratios of such answers estimate KL(policy || reference). The answer is that of the row
+    before, or further before if rows have the same prompt; each is used once. What is longer than
     `max_length` is cut off on the right.
     """
     own = [row.answers[0] for row in rows]
+    prompts = [sample.token_ids[: _start(sample)] for sample in own]
+    shift = _shift([prompt.tobytes() for prompt in prompts])
     made = []
-    for sample, other in zip(own, own[-1:] + own[:-1], strict=True):
-        start, other_start = _start(sample), _start(other)
-        ids = np.concatenate([sample.token_ids[:start], other.token_ids[other_start:]])
-        no_target = np.zeros(start, dtype=np.bool_)
-        mask = np.concatenate([no_target, other.target_mask[other_start:]])
+    for sample, prompt, other in zip(own, prompts, own[-shift:] + own[:-shift], strict=True):
+        start = _start(other)
+        ids = np.concatenate([prompt, other.token_ids[start:]])
+        mask = np.concatenate([np.zeros(len(prompt), np.bool_), other.target_mask[start:]])
         made.append(Sample(sample.sample_id, ids[:max_length], mask[:max_length]))
     return made
+
+
+def _shift(prompts: Sequence[bytes]) -> int:
+    """The fewest rows to go back so that every prompt meets another one; 1 if none are enough."""
+    number = len(prompts)
+    for shift in range(1, number):
+        if all(prompts[n] != prompts[n - shift] for n in range(number)):
+            return shift
+    return 1
 
 
 def _start(sample: Sample) -> int:
@@ -65,10 +76,9 @@ def _start(sample: Sample) -> int:
     return int(sample.target_mask.argmax())
 
 
-def estimated_kl(policy_NS: Tensor, reference_NS: Tensor, number: int) -> Tensor:
-    """[1] KTO's estimate from log-probs of `number` mismatched answers, which is at least 0."""
-    ratios_N = answer_logps(policy_NS) - answer_logps(reference_NS)
-    return (ratios_N.sum() / number).clamp(min=0).reshape(1)
+def estimated_kl(ratios: Sequence[Tensor], number: int) -> Tensor:
+    """[1] KTO's estimate from log ratios of `number` mismatched answers, in parts; at least 0."""
+    return (torch.cat(list(ratios)).sum() / number).clamp(min=0).reshape(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +95,13 @@ def held_out_metrics(parts: Sequence[HeldOut], algorithm: PreferenceAlgorithm) -
     batches = [part.batch for part in parts]
     number = sum(int(batch.completion_mask.any(dim=1).sum()) for batch in batches)
     sums, chosen = MetricSums(), sum(_num_chosen_tokens(batch) for batch in batches)
-    kls: list[float] = []
     for batch, part in zip(batches, parts, strict=True):
         share = _num_chosen_tokens(batch) / max(chosen, 1)
         own = replace(batch, advantages=batch.advantages * share)
         _, statistics = compute_loss(as_loss_input(own, part.logprobs_NS, number), algorithm)
         sums.add(statistics)
-        if batch.kl is not None:
-            kls.append(batch.kl.item())
-    return sums.means() | ({"kl": sum(kls) / len(kls)} if kls else {})
+    kl = batches[0].kl  # of all parts together
+    return sums.means() | ({} if kl is None else {"kl": kl.item()})
 
 
 def as_loss_input(batch: TrainBatch, logprobs_NS: Tensor, num_answers: int) -> LossInput:

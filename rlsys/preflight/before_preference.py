@@ -42,7 +42,19 @@ def load_preference_data(config: PreferenceConfig) -> PreferenceData:
         if len(data.train) < config.rows_per_step:
             raise ValueError(str(too_few(config, len(data.train))))
         print(f"data: {_contents(config, data)}", flush=True)
+    _check_held_out(config, data)
     return data
+
+
+def _check_held_out(config: PreferenceConfig, data: PreferenceData) -> None:
+    """Refuse a held-out set of which KTO's KL cannot be estimated."""
+    for name, rows in data.held_out_sets.items():
+        if config.preference.estimates_kl and config.eval_steps is not None and len(rows) == 1:
+            raise ValueError(
+                f"{name or 'the held-out set'} has 1 row, and preference.loss_type = kto estimates "
+                "the KL from answers to other prompts: hold out 2 rows or more, or set eval_steps "
+                "to null"
+            )
 
 
 def _contents(config: PreferenceConfig, data: PreferenceData) -> str:

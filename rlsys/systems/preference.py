@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 # Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
@@ -41,6 +42,8 @@ from rlsys.text import counted
 from rlsys.tracking import Tracker
 from rlsys.types import Preference, TrainBatch
 
+T = TypeVar("T")
+
 STEPS_AT_ONCE = 8
 """Rows that travel together where nothing is trained, in steps: fewer trips to the ranks."""
 
@@ -56,7 +59,7 @@ class PreferenceSystem(StreamSystem[PreferenceConfig, Preference]):
     ("train", or "eval/" and its name) and the id of the row."""
 
     def compare(self, rows: Sequence[Preference], batch: TrainBatch, *, of: str = "train") -> None:
-        """Set what the loss needs of the reference: its log-probs of the answers, and KTO's KL.
+        """Set the reference's log-probs of the answers, if the loss compares with a model.
 
         Held-out answers, of a set `of`, are computed once: a reference never changes.
         """
@@ -72,8 +75,6 @@ class PreferenceSystem(StreamSystem[PreferenceConfig, Preference]):
             batch.ref_logps = answer_logps(self.reference.compute_logprobs(batch)[0])
             if of != "train":
                 self.keep(rows, batch, of=of)
-        if self.config.preference.estimates_kl:
-            batch.kl = self._estimate_kl(rows)
 
     def keep(self, rows: Sequence[Preference], batch: TrainBatch, *, of: str) -> None:
         """Keep the reference's log-probs of these rows."""
@@ -84,21 +85,30 @@ class PreferenceSystem(StreamSystem[PreferenceConfig, Preference]):
             self.known[of, row.row_id] = batch.ref_logps[start:end]
             start = end
 
-    def _estimate_kl(self, rows: Sequence[Preference]) -> torch.Tensor:
-        """KTO's KL, from answers to other prompts of these rows."""
+    def estimate_kl(self, rows: Sequence[Preference]) -> torch.Tensor | None:
+        """KTO's KL, from answers to other prompts of all these rows; None for other losses."""
+        if not self.config.preference.estimates_kl:
+            return None
         assert self.reference is not None, "precompute_ref_log_probs is refused"
-        others = mismatched(rows, self.config.data.max_length)
-        batch = build_sample_batch(others, at_least=self.config.data_parallel_size)
-        policy, _ = self.policy.compute_logprobs(batch)
-        reference, _ = self.reference.compute_logprobs(batch)
-        return estimated_kl(policy, reference, len(rows))
+        ratios = []
+        for part in self._cut(mismatched(rows, self.config.data.max_length)):
+            batch = build_sample_batch(part, at_least=self.config.most_replicas)
+            policy, _ = self.policy.compute_logprobs(batch)
+            reference, _ = self.reference.compute_logprobs(batch)
+            ratios.append(answer_logps(policy) - answer_logps(reference))
+        return estimated_kl(ratios, len(rows))
 
-    def parts(self, rows: Sequence[Preference]) -> Iterator[tuple[list[Preference], TrainBatch]]:
-        """The rows in parts that travel together."""
+    def parts(
+        self, rows: Sequence[Preference]
+    ) -> Iterator[tuple[Sequence[Preference], TrainBatch]]:
+        """The rows in parts that travel together, each with a row for every replica."""
+        for part in self._cut(rows):
+            yield part, build_preference_batch(part, at_least=self.config.most_replicas)
+
+    def _cut(self, rows: Sequence[T]) -> Iterator[Sequence[T]]:
         size = STEPS_AT_ONCE * self.config.rows_per_step
         for start in range(0, len(rows), size):
-            part = list(rows[start : start + size])
-            yield part, build_preference_batch(part, at_least=self.config.data_parallel_size)
+            yield rows[start : start + size]
 
     def precompute(self, data: PreferenceData) -> None:
         """Compute the reference's log-probs of all answers, and end it if it is another model."""

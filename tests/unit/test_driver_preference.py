@@ -14,7 +14,7 @@ from rlsys.config import PreferenceConfig
 from rlsys.config.load import load_config_as
 from rlsys.data.preferences import PreferenceData
 from rlsys.data.streams.make import make_stream
-from rlsys.driver import train_preference
+from rlsys.driver import evaluate_preference, train_preference
 from rlsys.run.folder import RunDir
 from rlsys.saving import make_checkpoints, save_last_step
 from rlsys.systems.preference import PreferenceSystem
@@ -138,6 +138,45 @@ def test_ktos_kl_is_of_mismatched_answers_before_the_update(start):
         tokens = batch.completion_mask.sum().item() / 4  # the same answers behind other prompts
         assert batch.kl.item() == pytest.approx(0.5 * tokens)
         assert row["kl"] == pytest.approx(0.5 * tokens)
+
+
+@pytest.mark.parametrize("steps_at_once", [1, 8])
+def test_ktos_kl_of_held_out_rows_is_of_all_of_them_however_they_are_cut(
+    start, monkeypatch, steps_at_once
+):
+    monkeypatch.setattr("rlsys.systems.preference.STEPS_AT_ONCE", steps_at_once)
+    system, *_ = start({"loss_type": "kto"}, *EVALUATED)
+    held_out = rows(5, is_paired=False)  # a part of 4 and one of 1, or all together
+    system.held_out_sets = {"": held_out}
+
+    def compute_logprobs(batch):
+        logprobs = -0.5 - 0.05 * batch.input_ids[:, :1] - 0.01 * batch.input_ids
+        return torch.where(batch.completion_mask, logprobs, 0.0), None
+
+    system.policy.compute_logprobs = compute_logprobs
+    metrics = evaluate_preference(system)
+    tokens = [row.answers[0].num_targets for row in held_out]
+    ratios = [tokens[n - 1] * (0.5 - 0.05 * n - 0.01 * ((n - 1) % 5)) for n in range(5)]
+    assert metrics["eval/kl"] == pytest.approx(np.mean(ratios))
+    distances = [tokens[n] * (0.5 - 0.06 * n) - np.mean(ratios) for n in range(5)]
+    losses = [
+        1 / (1 + np.exp(0.1 * d * (1 if n % 2 == 0 else -1))) for n, d in enumerate(distances)
+    ]
+    assert metrics["eval/loss"] == pytest.approx(np.mean(losses))
+
+
+def test_kto_without_a_reference_estimates_no_kl(start):
+    words = ("--max_steps", "2", "--policy.global_batch_size", "1")
+    system, _, log, run = start({"loss_type": "kto", "reference_free": True}, *words)
+    train_preference(system, log, make_checkpoints(system, run), Health([]))
+    assert all(batch.kl is None for batch in system.policy.batches)
+    assert not any("kl" in row for _, row in log.rows)
+
+
+def test_every_replica_of_the_reference_has_a_row_of_the_last_part(start):
+    words = ("--reference.world_size", "3", "--reference.placement", "own")
+    system, *_ = start({}, *words)
+    assert [len(batch.lengths) for _, batch in system.parts(rows(33))] == [64, 6]
 
 
 def test_a_run_that_ended_goes_on_with_the_rows_that_it_was_not_trained_on(start):

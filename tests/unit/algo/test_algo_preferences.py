@@ -140,12 +140,24 @@ def test_mismatched_answers_are_those_to_the_prompt_before():
     assert [len(one.token_ids) for one in mismatched(rows, max_length=3)] == [3, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "shift"), [("aabb", 2), ("aabbcc", 2), ("aaabbbccc", 3), ("abab", 1), ("aaa", 1)]
+)
+def test_mismatched_answers_are_to_other_prompts_where_rows_have_them(prompts, shift):
+    rows = [
+        Preference(f"{n}", (sample(f"{n}", [ord(prompt)], [n]),), (True,))
+        for n, prompt in enumerate(prompts)
+    ]
+    answers = [int(one.token_ids[1]) for one in mismatched(rows, max_length=5)]
+    assert answers == [(n - shift) % len(rows) for n in range(len(rows))]
+
+
 def test_the_kl_is_a_mean_that_is_never_below_zero():
-    policy = torch.tensor([[0.0, -1.0], [0.0, -2.0], [0.0, 0.0]])
-    reference = torch.tensor([[0.0, -2.0], [0.0, -2.5], [0.0, 0.0]])
-    assert estimated_kl(policy, reference, 2).tolist() == [0.75]
-    assert estimated_kl(reference, policy, 2).tolist() == [0.0]
-    assert answer_logps(policy).tolist() == [-1.0, -2.0, 0.0]
+    policy = torch.tensor([[0.0, -1.0], [0.5, -2.0], [0.0, 0.0]])
+    assert answer_logps(policy).tolist() == [-1.0, -1.5, 0.0]
+    parts = [torch.tensor([1.0, 0.5]), torch.tensor([3.0, 0.0])]  # the last is of no answer
+    assert estimated_kl(parts, 3).tolist() == [1.5]
+    assert estimated_kl([-ratios for ratios in parts], 3).tolist() == [0.0]
 
 
 def test_answers_of_one_label_have_no_margin():
