@@ -83,10 +83,13 @@ def _preview_samples(config: SftConfig, console: Console, *, num_rows: int) -> b
     rules, seed = SampleRules.of(config), config.seed
     data = load_samples(config.data, tokenizer, rules, seed=seed, vocab_size=shape.vocab_size)
     preview_samples(config.data, data, tokenizer, console, num_rows=num_rows)
-    note = turn_end_note(folder, tokenizer, data.some)
+    _print_note(turn_end_note(folder, tokenizer, data.some), console)
+    return True
+
+
+def _print_note(note: str | None, console: Console) -> None:
     if note is not None:
         console.print(Text(f"\nNote: {note}", style="yellow"))
-    return True
 
 
 def _preview_preferences(config: PreferenceConfig, console: Console, *, num_rows: int) -> bool:
@@ -101,6 +104,8 @@ def _preview_preferences(config: PreferenceConfig, console: Console, *, num_rows
         vocab_size=read_model_shape(folder, may_bridge=True).vocab_size,
     )
     preview_preferences(config.data, data, tokenizer, console, num_rows=num_rows)
+    answers = [row.answers[0] for row in data.some]
+    _print_note(turn_end_note(folder, tokenizer, answers), console)
     return True
 
 

@@ -1,4 +1,4 @@
-"""`rlsys data preview` of a config for supervised training: what is trained on in each row."""
+"""`rlsys data preview` of samples, and of answers to prefer: what is trained on in each row."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def preview_preferences(
     print_histogram("Longest answer", lengths, "data.max_length", 1, config.max_length, console)
     marks = _explained_marks(console)
     for row in spread(rows, data.train_sizes, num_rows):
+        kinds = ("rejected", "chosen") if row.answers[1:] else ("undesirable", "desirable")
         for answer, is_chosen in zip(row.answers, row.is_chosen, strict=True):
-            word = "chosen, or desirable" if is_chosen else "rejected, or undesirable"
             console.print()
-            console.print(Text(word, style="bold"), end="")
+            console.print(Text(kinds[is_chosen], style="bold"), end="")
             _print_sample(answer, tokenizer, marks, console)
     for notice in data.notices:
         console.print(Text(f"\nNote: {notice}", style="yellow"))

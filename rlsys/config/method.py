@@ -95,12 +95,17 @@ def perhaps_for_other_command(
     path: str | Path, names: Collection[str], schema: type[RunConfig]
 ) -> str | None:
     """Which command may be meant by a file with problems and nothing of `schema` alone."""
-    wanted = [name for name in config_sections(schema) if name not in config_sections(SftConfig)]
     if schema is SftConfig or _own_sections(schema, names):
         return None
+    sections = {name.partition(".")[0] for name in names} & config_sections(schema).keys()
+    others = [other for other in (*METHODS[1:], Config) if other is not schema]
+    reader = next((other for other in others if sections <= config_sections(other).keys()), None)
+    if reader is None:
+        return None
+    wanted = ", ".join(_own_sections(schema, config_sections(schema)))
     return (
-        f"It has no section that only `rlsys {schema.command}` reads ({', '.join(wanted)}). For "
-        f"supervised training: rlsys sft {path}"
+        f"It has no section that only `rlsys {schema.command}` reads ({wanted}), and may be for "
+        f"another command: rlsys {reader.command} {path}"
     )
 
 

@@ -143,6 +143,9 @@ def test_a_config_for_another_command_names_it(tmp_path, capsys):
     assert "it is a config for `rlsys grpo`, with the section reward" in text
     text = refused(capsys, "sft", write_preference_run(tmp_path))
     assert "it is a config for `rlsys preference`, with the section preference" in text
+    path = write_preference_run(tmp_path, preference=None, reference={"world_size": 1})
+    text = refused(capsys, "explain", path)  # GRPO has a reference, too
+    assert f"and may be for another command: rlsys preference {path}" in text
 
 
 def test_the_help_is_about_preference(capsys):

@@ -114,7 +114,8 @@ def test_a_config_for_another_command_names_it(tmp_path, capsys):
     unnamed = write_sft_run(tmp_path)  # nothing in it is of one method alone
     text = refused(capsys, "grpo", unnamed)
     assert "rollout.generation_batch_size: is missing" in text
-    assert f"For supervised training: rlsys sft {unnamed}" in text
+    assert "only `rlsys grpo` reads (colocated, reward, grpo, eval), and may be for" in text
+    assert f"for another command: rlsys sft {unnamed}" in text
 
 
 def test_a_section_of_grpo_beside_sft_is_named(tmp_path, capsys):

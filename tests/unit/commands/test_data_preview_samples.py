@@ -147,6 +147,7 @@ def test_tokens_without_an_embedding_are_named(command, tmp_path):
         ("data: {}", ["--reward.reward_funcs", "format"], Config),
         ("grpo.beta: 0", [], Config),
         ("data: {}", [], SftConfig),
+        ("reference: {}", [], Config),
         ("sft: {}", [], SftConfig),
         ("policy: {}", ["--sft.loss_on=last"], SftConfig),
         ("- 1", [], Config),
@@ -170,9 +171,18 @@ def test_both_answers_of_a_pair_are_shown(tmp_path):
     file = io.StringIO()
     preview_preferences(config, data, tokenizer, Console(file=file, width=200), num_rows=1)
     text = file.getvalue()
-    chosen, rejected = text.partition("chosen, or desirable\n")[2].split("rejected, or undesi")
+    chosen, rejected = text.partition("\nchosen\n")[2].split("\nrejected\n")
     assert "Two<|im_end|>" in chosen
     assert "Three<|im_end|>" in rejected
     assert chosen.startswith("a:1/chosen  ")
     assert "stands what is trained on" in text
     assert "1 row to train on, 0 to evaluate on." in text
+
+
+def test_the_command_shows_labelled_answers(command):
+    rows = [{"prompt": "a", "completion": f"b{n}", "label": n == 0} for n in range(2)]
+    code, text = command("--preference.loss_type", "kto", "--data.shuffle", "false", rows=rows)
+    assert code == 0
+    assert "\ndesirable\nsft:1  " in text
+    assert "\nundesirable\nsft:2  " in text
+    assert "ends with '<|im_end|>' (id " in text
