@@ -160,22 +160,23 @@ def train_distill(
         timer = system.timeline.begin_step(step)
         with timer("data"):
             rows = samples.take(config.rows_per_step)
-            batch = build_sample_batch(rows)
-        of_rollout: dict[str, float] = {}
         if system.student is not None and system.student.has_step(step):
             with timer("weight_sync"):  # the engines hold policy.policy_version from here on
-                of_rollout = system.publish()
+                of_tokens = system.publish()
             with timer("rollout"):  # the student answers the samples' prompts itself
                 groups = system.student.sample(step, rows)
                 batch = build_train_batch(groups)
-            of_rollout |= length_metrics(groups)
+            of_tokens |= length_metrics(groups) | {"on_policy": 1.0}
+        else:
+            of_tokens = {"on_policy": 0.0}
+            with timer("data"):
+                batch = build_sample_batch(rows)
         with timer("teacher"):  # its distributions at the tokens that are trained on
             batch.teacher = system.teacher.describe_tokens(batch)
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):
                 update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer) | of_rollout
-            metrics["on_policy"] = float(bool(of_rollout))
+            metrics = _finish_step(system, batch, update, timer) | of_tokens
             with timer("log"):
                 log(tracker, health, step, metrics)
         if config.eval_steps is not None and step % config.eval_steps == 0:

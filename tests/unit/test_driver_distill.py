@@ -108,6 +108,12 @@ def test_engines_get_weights_where_the_student_samples(run):
     assert set(batch.input_ids[batch.completion_mask].tolist()) == {7}
 
 
+def test_no_batch_of_given_rows_is_made_where_the_student_samples(run, monkeypatch):
+    monkeypatch.setattr(Engines, "has_step", lambda self, step: True)
+    monkeypatch.delattr("rlsys.driver.build_sample_batch")
+    assert len(run("--max_steps", "2").policy.batches) == 2
+
+
 def test_the_teacher_is_evaluated_once(run):
     found = run("--max_steps", "4", "--eval_steps", "2", "--data.split_dataset_ratio", "0.1")
     assert found.calls.count("evaluate teacher") == 1
