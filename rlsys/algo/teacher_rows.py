@@ -64,11 +64,11 @@ def join_rows(parts: Sequence[tuple[Sequence[int], TeacherRows]], num_rows: int)
     """All rows of a batch in their order, from the ranks' parts."""
     joined: dict[str, list[np.ndarray]] = {}
     for name in FIELDS:
-        by_row = {
-            row: array
-            for rows, part in parts
-            for row, array in zip(rows, getattr(part, name), strict=False)
-        }
+        by_row: dict[int, np.ndarray] = {}
+        for rows, part in parts:
+            arrays: list[np.ndarray] = getattr(part, name)
+            if arrays:  # a teacher gives hidden states, or its likeliest tokens
+                by_row |= zip(rows, arrays, strict=True)
         if by_row:
             joined[name] = [by_row[row] for row in range(num_rows)]
     return TeacherRows(**joined)

@@ -69,6 +69,13 @@ def test_rows_that_train_nothing_have_no_values():
     assert packed.teacher_hidden.shape == (0, 3)
 
 
+def test_a_rank_that_left_out_a_row_is_noticed():
+    batch = make_batch([5, 6])
+    values = {"hidden": torch.ones(num_targets(batch, 0), 3)}
+    with pytest.raises(ValueError, match="shorter"):
+        join_rows([([0, 1], split_rows([values], batch, [0]))], 2)
+
+
 def test_bits_of_bfloat16_survive():
     values = torch.randn(7, 3).bfloat16()
     array = to_array(values)
