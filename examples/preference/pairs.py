@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,20 @@ def labelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--train", type=int, default=240, help="training pairs")
     parser.add_argument("--validation", type=int, default=32, help="held-out pairs")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for split, number in (("train", args.train), ("validation", args.validation)):
         rows = pairs(number, seed=args.seed, held_out=split == "validation")
         write_jsonl(args.out / f"{split}.jsonl", rows)
         write_jsonl(args.out / f"{split}_labels.jsonl", labelled(rows))
+        print(f"{args.out}: {split} has {number} pairs, and {2 * number} answers with a label")
 
 
 if __name__ == "__main__":

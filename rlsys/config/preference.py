@@ -45,14 +45,15 @@ class PreferenceSection(Section):
     loss_type: PreferenceLoss = "sigmoid"
     """sigmoid: DPO (arXiv:2305.18290). sigmoid_norm: of the mean log ratio of a token, DPO
     normalised by length. hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
-    apo_down: others with a reference, as in TRL's DPO. cpo, simpo, orpo: without one. kto,
-    apo_zero_unpaired: single answers with a label."""
+    apo_down: others with a reference, as in TRL's DPO, not its CPO. cpo, simpo, orpo: without one.
+    kto, apo_zero_unpaired: single answers with a label."""
     beta: PositiveFloat | None = None
     """Scale of the log ratios to the reference, or of log-probs without one: lower lets the policy
     go further. With orpo the weight of the odds ratio (lambda of the paper), with ipo its tau.
     null: 0.1, and 2.0 with simpo."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Share of pairs whose labels are assumed to be wrong, for robust, exo_pair, cpo and simpo."""
+    """Share of pairs whose labels are assumed to be wrong: above 0 for robust and exo_pair, and for
+    cpo and simpo if wanted."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
         "reverse_kl"
     )
@@ -61,7 +62,8 @@ class PreferenceSection(Section):
     f_alpha_divergence_coef: float = 0.5
     """alpha of alpha_divergence; 1 is reverse_kl."""
     reference_free: bool = False
-    """Compare with a reference that finds all answers equally likely, in place of a model."""
+    """Compare with a reference that finds all answers equally likely, in place of a model; the KL
+    of kto is 0 then."""
     rpo_alpha: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of chosen answers, its mean over their tokens in a
     step, beside the losses with a reference (RPO, arXiv:2404.19733)."""

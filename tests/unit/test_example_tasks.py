@@ -81,6 +81,27 @@ def test_worked_answers_are_right_and_the_model_has_placeholders(tmp_path):
     assert len({(row["query"], row["response"]) for row in about}) == len(about)
 
 
+def test_pairs_have_a_right_answer_and_one_beside_the_point(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prepare", load("sft/prepare.py"))  # which pairs.py imports
+    module = load("preference/pairs.py")
+    module.main(["--out", str(tmp_path), "--train", "30", "--validation", "7"])
+    assert "validation has 7 pairs, and 14 answers with a label" in capsys.readouterr().out
+    accuracy, prompts = orms["accuracy"](answer_format="boxed"), set()
+    for split, count in (("train", 30), ("validation", 7)):
+        pairs, answers = (
+            [json.loads(line) for line in (tmp_path / f"{split}{kind}.jsonl").open()]
+            for kind in ("", "_labels")
+        )
+        solution = [row["chosen"].partition("\\boxed{")[2].partition("}")[0] for row in pairs]
+        for name, reward in (("chosen", 1.0), ("rejected", 0.0)):
+            texts = [row[name] for row in pairs]
+            assert accuracy(texts, solution=solution) == [reward] * count
+            labelled = [row for row in answers if row["label"] == (name == "chosen")]
+            assert [row["completion"] for row in labelled] == texts
+        prompts |= {row["prompt"] for row in pairs}
+    assert len(prompts) == 37
+
+
 def test_structured_output():
     rows = load("json_schema/prepare.py").generate(50, seed=0)
     fits, match = orms["json_schema"](), orms["json_match"]()
