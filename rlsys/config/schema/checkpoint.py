@@ -33,7 +33,7 @@ class CheckpointConfig(Section):
     best."""
     greater_is_better: bool | None = None
     """Whether the best checkpoint has the largest value of metric_for_best_model. null: unless its
-    name ends with loss or perplexity."""
+    name ends with loss, perplexity or mae."""
     load_best_model_at_end: bool = False
     """Make OUTPUT_DIR/final the model of the best checkpoint, not of the last step."""
     async_save: bool = True
@@ -82,4 +82,4 @@ class CheckpointConfig(Section):
         """greater_is_better, or what the name of the metric says."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not (self.best_metric or "").endswith(("loss", "perplexity"))
+        return not (self.best_metric or "").endswith(("loss", "perplexity", "mae"))

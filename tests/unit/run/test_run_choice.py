@@ -133,9 +133,15 @@ def test_a_metric_without_values_is_said(run):
 
 @pytest.mark.parametrize(
     ("name", "greatest"),
-    [("eval/loss", False), ("eval_perplexity", False), ("reward", True), ("eval_reward", True)],
+    [
+        ("eval/loss", False),
+        ("eval_perplexity", False),
+        ("eval/mae", False),
+        ("reward", True),
+        ("eval_reward", True),
+    ],
 )
-def test_losses_are_better_when_they_are_small(name, greatest):
+def test_losses_and_errors_are_better_when_they_are_small(name, greatest):
     config = CheckpointConfig(metric_for_best_model=name)
     assert config.best_is_greatest == greatest
     assert config.best_metric.replace("/", "_") == name.replace("/", "_")
