@@ -119,7 +119,7 @@ def _preview_scored(config: RewardModelConfig, console: Console, *, num_rows: in
         tokenizer,
         ScoreRules.of(config),
         seed=config.seed,
-        pad_token_id=pad_token_id(folder),
+        pad_token_id=pad_token_id(tokenizer),
         vocab_size=shape.vocab_size,
     )
     preview_scored(config, data, tokenizer, console, num_rows=num_rows)

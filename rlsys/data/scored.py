@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAME = "whose answers are the same once cut"
+EMPTY = "with fewer than two tokens that are not padding once cut"
 
 
 class ScoreRenderer(SampleRenderer):
@@ -102,17 +103,15 @@ class ScoreRenderer(SampleRenderer):
         return text if text.endswith(end) else text + end
 
     def _without_padding(self, row: Row, token_ids: list[int]) -> list[int]:
-        size = len(token_ids)
-        while size and token_ids[size - 1] == self._pad:
-            size -= 1
-        if size < len(token_ids):
-            token: Any = self._tokenizer.convert_ids_to_tokens(token_ids[size])
+        kept = without_padding(token_ids, self._pad)
+        if len(kept) < len(token_ids):
+            token: Any = self._tokenizer.convert_ids_to_tokens(token_ids[-1])
             self._notice(
                 f"texts end with {token!r}, which also pads rows, so classifiers of transformers "
                 "take the score at the token before it, and so does the run",
                 row.location,
             )
-        return token_ids[:size]
+        return kept
 
     def _check(self, row: Row) -> None:
         """Give a row a problem whose texts have no score, or no difference."""
@@ -139,6 +138,7 @@ class ScoreSource(Source[ScoredRow]):
 
     config: ScoreDataConfig
     rules: ScoreRules = PAIRS
+    pad_token_id: int | None = None
 
     @property
     def readable_columns(self) -> tuple[str, ...]:
@@ -185,8 +185,10 @@ class ScoreSource(Source[ScoredRow]):
             return
         kept = slice(-most, None) if strategy == "left" else slice(most)
         for one in answers(row):
-            one.token_ids = one.token_ids[kept]
-        if row.rejected is not None and row.token_ids == row.rejected.token_ids:
+            one.token_ids = without_padding(one.token_ids[kept], self.pad_token_id)
+        if any(len(one.token_ids) < 2 for one in answers(row)):
+            row.dropped = EMPTY
+        elif row.rejected is not None and row.token_ids == row.rejected.token_ids:
             row.dropped = SAME
 
     def make(self, row: Row, copy: int, names: list[str]) -> list[ScoredRow]:
@@ -208,6 +210,14 @@ def answers(row: Row) -> Iterator[Row]:
     yield row
     if row.rejected is not None:
         yield row.rejected
+
+
+def without_padding(token_ids: list[int], pad_token_id: int | None) -> list[int]:
+    """The tokens up to the one that has the score: the last one that does not pad rows."""
+    size = len(token_ids)
+    while size and token_ids[size - 1] == pad_token_id:
+        size -= 1
+    return token_ids[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +252,6 @@ def load_scored(
     renderer = ScoreRenderer(
         tokenizer, config.chat_template_kwargs, pad_token_id=pad_token_id, vocab_size=vocab_size
     )
-    kind = partial(ScoreSource, rules=rules)
+    kind = partial(ScoreSource, rules=rules, pad_token_id=pad_token_id)
     limit = config.max_eval_samples
     return load(ScoreData, kind, config, renderer, seed=seed, limit=limit)

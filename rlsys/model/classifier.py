@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlsys.model.folder import read_json
 from rlsys.model.shape import ModelShape
-from rlsys.model.tokenizer_files import eos_token, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def pad_token_id(folder: Path) -> int | None:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of the token that pads rows: the pad token, or EOS where there is none.
 
-    transformers' classifiers take the score at the last token with another id.
+    transformers' classifiers take the score at the last token with another id. The tokenizer's
+    files alone do not say: some classes of tokenizers have a pad token of their own.
     """
-    token = read_json(folder / "tokenizer_config.json").get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    return token_ids(folder).get(token or eos_token(folder) or "")
+    pad: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def classifier_config(
-    folder: Path, shape: ModelShape, *, label_names: Sequence[str], problem_type: str | None
+    shape: ModelShape,
+    *,
+    pad_token_id: int | None,
+    label_names: Sequence[str],
+    problem_type: str | None,
 ) -> dict[str, Any]:
     """Keys of config.json that make a language model's folder a classifier's.
 
     Args:
-        folder: of the language model.
         shape: with a score head.
+        pad_token_id: what pads rows.
         label_names: of the classes; empty numbers them.
         problem_type: transformers' name of the loss; None: a reward model.
     """
@@ -38,6 +42,6 @@ def classifier_config(
         "architectures": [shape.family.classifier],
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
-        "pad_token_id": pad_token_id(folder),
+        "pad_token_id": pad_token_id,
         "problem_type": problem_type,
     }

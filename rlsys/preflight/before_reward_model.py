@@ -30,7 +30,7 @@ def load_score_data(config: RewardModelConfig) -> ScoreData:
     folder, shape = find_model(config)
     load_plugins(config.data.external_plugins)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    pad = pad_token_id(folder)
+    pad = pad_token_id(tokenizer)
     if pad is None:
         raise ValueError(
             f"the tokenizer of {folder} has neither a pad token nor EOS, by which classifiers of "

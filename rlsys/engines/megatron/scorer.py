@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.finite import PREFIX as NONFINITE
@@ -18,7 +19,7 @@ from rlsys.engines.megatron.packed import last_tokens
 from rlsys.engines.megatron.policy import MegatronPolicy
 from rlsys.engines.megatron.score_head import ScoreHead, Scores, initialize_score
 from rlsys.engines.megatron.weights import MegatronWeights
-from rlsys.model.classifier import classifier_config
+from rlsys.model.classifier import classifier_config, pad_token_id
 from rlsys.model.families.base import SCORE
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
@@ -32,9 +33,10 @@ class MegatronScorer(MegatronPolicy):
         super().__init__(config, device=device)
         self.saves_adapter = False
         section = config.reward_model
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.config_changes = classifier_config(
-            self.folder,
             self.shape,
+            pad_token_id=pad_token_id(tokenizer),
             label_names=section.label_names,
             problem_type=None if config.has_pairs else section.problem_type,
         )

@@ -5,7 +5,7 @@ from answer_templates import TEMPLATES, tokenizer_of, unmarked
 from data_cases import assistant, user, word_tokenizer, write_jsonl
 
 from rlsys.config import ScoreDataConfig
-from rlsys.data.scored import SAME, load_scored
+from rlsys.data.scored import EMPTY, SAME, load_scored
 from rlsys.data.scored_rows import PAIRS, ScoreRules
 from rlsys.model.chat_template import ChatTemplate
 
@@ -150,6 +150,15 @@ def test_texts_end_before_tokens_that_pad(load, tokenizer):
     decoded = [tokenizer.decode(text) for text in data.train[0].texts]
     assert decoded == ["1 + 1? Two", "1 + 1? Three"]
     assert "which also pads rows" in " ".join(data.notices)
+
+
+def test_rows_that_are_cut_end_before_tokens_that_pad(load, tokenizer):
+    end = tokenizer.eos_token
+    rows = [{"text": f"abc{end}{end} and more", "label": 0}, {"text": f"a{end * 9}b", "label": 1}]
+    cut = {"truncation_strategy": "right", "max_length": 5}
+    data = load(*rows, rules=CLASSES, pad=tokenizer.eos_token_id, **cut)
+    assert [tokenizer.decode(row.texts[0]) for row in data.train] == ["abc"]
+    assert f"1 {EMPTY}" in data.summary()[0]
 
 
 def test_long_rows(load):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from answer_templates import TEMPLATES, tokenizer_of
 from config_cases import write_model
+from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
 )
@@ -15,6 +17,8 @@ from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import SCORE, weight_table
 from rlsys.model.lora import adapter_table, plan_lora
 from rlsys.model.shape import read_model_shape
+
+CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -39,28 +43,34 @@ def test_the_head_is_in_the_place_of_the_output_head(tmp_path, tied):
 
 def test_what_config_json_says_of_a_classifier(tmp_path):
     shape = shape_of(tmp_path, num_labels=2)
-    found = classifier_config(tmp_path, shape, label_names=["bad", "good"], problem_type="x")
+    found = classifier_config(
+        shape, pad_token_id=7, label_names=["bad", "good"], problem_type="regression"
+    )
+    assert found["pad_token_id"] == 7
     assert found["id2label"] == {"0": "bad", "1": "good"}
     assert found["label2id"] == {"bad": 0, "good": 1}
     assert found["architectures"] == [FAMILIES[shape.model_type].classifier]
-    unnamed = classifier_config(tmp_path, shape, label_names=[], problem_type=None)
+    unnamed = classifier_config(shape, pad_token_id=7, label_names=[], problem_type=None)
     assert list(unnamed["label2id"]) == ["LABEL_0", "LABEL_1"]
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"pad_token": "<pad>", "eos_token": "<eos>"}, 0),
-        ({"pad_token": {"content": "<pad>"}, "eos_token": "<eos>"}, 0),
-        ({"eos_token": "<eos>"}, 1),
+        ({"pad_token": "<pad>", "eos_token": "</s>"}, "<pad>"),
+        ({"pad_token": {"__type": "AddedToken", "content": "<pad>"}}, "<pad>"),
+        ({"eos_token": "</s>"}, "</s>"),
+        ({"eos_token": "</s>", "tokenizer_class": "Qwen2Tokenizer"}, "<|endoftext|>"),
         ({}, None),
     ],
 )
 def test_rows_are_padded_by_the_pad_token_or_eos(tmp_path, config, expected):
-    vocabulary = {"model": {"vocab": {"<pad>": 0, "<eos>": 1, "a": 2}}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert pad_token_id(tmp_path) == expected
+    special = ("<pad>", "</s>", "<|endoftext|>")
+    tokenizer_of(TEMPLATES["chatml"], special).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CLASS | config))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    found = pad_token_id(tokenizer)
+    assert (found if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
 
 
 def test_an_adapter_with_a_head_is_for_classification(tmp_path):
