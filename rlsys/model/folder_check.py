@@ -253,9 +253,9 @@ def some(names: Sequence[str]) -> str:
 
 
 def _tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
-    unreadable = list(_unreadable(folder))
-    if unreadable:
-        yield from unreadable
+    broken = list(unreadable(folder))
+    if broken:
+        yield from broken
         return
     if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
         yield f"{folder} holds no tokenizer.json, so no tokenizer"
@@ -306,7 +306,8 @@ def vocabulary_notes(folder: Path, shape: ModelShape) -> list[str]:
     ]
 
 
-def _unreadable(folder: Path) -> Iterator[str]:
+def unreadable(folder: Path) -> Iterator[str]:
+    """What is wrong with the tokenizer's files that cannot be read."""
     for name in TOKENIZER_FILES:
         try:
             read_json(folder / name)

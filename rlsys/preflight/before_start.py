@@ -71,7 +71,7 @@ def find_model(config: RunConfig) -> tuple[Path, ModelShape]:
         teacher = resolve_model_path(config.teacher_path)
         if teacher != Path(config.teacher_path):
             teacher_shape = read_model_shape(teacher, may_bridge=True)
-            check_model_folder(teacher, teacher_shape, has_prompts=True)
+            check_model_folder(teacher, teacher_shape, has_prompts=False)
         check_tokenizers(folder, teacher)
     return folder, shape
 

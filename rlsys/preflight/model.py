@@ -163,7 +163,7 @@ def _read_model(
     if folder == Path(path):  # only config.json of a hub model is here yet
         problems += [
             Problem(f"{field}: {text}", only_here=True)
-            for text in folder_problems(folder, shape, has_prompts=field != "reference.path")
+            for text in folder_problems(folder, shape, has_prompts=field == "model.path")
         ]
     longest, positions = config.longest_row, shape.max_position_embeddings
     if longest > positions:
