@@ -23,10 +23,10 @@ def rank_params(
     sizes = []
     for rank, layers in enumerate(ranks):
         dense, experts = shape.layer_params([shape.layers[layer] for layer in layers])
-        ends = (rank == 0) + (rank == len(ranks) - 1)
-        if len(ranks) == 1 and shape.tied:
-            ends = 1
-        sizes.append(((dense + ends * shape.embedding_params) // tp, experts // ep))
+        ends = shape.embedding_params if rank == 0 else 0
+        if rank == len(ranks) - 1 and not (shape.tied and rank == 0):
+            ends += shape.head_params
+        sizes.append(((dense + ends) // tp, experts // ep))
     return max(sizes, key=sum)
 
 

@@ -55,7 +55,8 @@ def policy_tensors(config: RunConfig, shape: ModelShape, device: Device) -> list
         ("logits", *_logits(config, shape, tokens, width, device)),
     ]
     if policy.fp8_format is not None and not policy.fp8_param_gather:
-        ends = shape.embedding_params * (1 if shape.tied and pp == 1 else 2) / (tp * min(pp, 2))
+        head = 0 if shape.tied and pp == 1 else shape.head_params
+        ends = (shape.embedding_params + head) / (tp * min(pp, 2))
         text = "weights of layers x 2 bytes: a copy for each direction of a product"
         tensors.insert(1, ("fp8 weights", (params - ends) * 2, text))
     return tensors
@@ -235,6 +236,8 @@ def _module_numbers(name: str, shape: ModelShape, device: Device) -> int:
 def _logits(
     config: RunConfig, shape: ModelShape, tokens: int, width: int, device: Device
 ) -> tuple[float, str]:
+    if shape.num_labels is not None:
+        return _score_bytes(config, shape, tokens, width)
     tp = config.policy.tensor_parallel_size
     copies, logit_width = _logit_copies(config), _logit_width(config, device)
     num_bytes = chunk_logit_bytes(config, shape, tokens, tp, device)
@@ -258,6 +261,15 @@ def _logits(
         num_bytes += tokens * shape.vocab_size / tp * kept_width
         text += f", and {tokens:,} tokens kept x vocabulary / TP x {kept_width} bytes"
     return num_bytes, text
+
+
+def _score_bytes(
+    config: RunConfig, shape: ModelShape, tokens: int, width: int
+) -> tuple[float, str]:
+    """Of what a score head reads, which is far more than the scores."""
+    copies = width + (4 if config.model.fp32_lm_head and width < 4 else 0)
+    text = f"{tokens:,} tokens x hidden x {copies} bytes x 2, states before the score head"
+    return 2 * tokens * shape.hidden_size * copies, f"{text} and their gradient"
 
 
 def _head_is_trained(policy: PolicyConfig, shape: ModelShape) -> bool:

@@ -80,16 +80,21 @@ class ModelShape:
 
     @property
     def embedding_params(self) -> int:
-        """Parameters of the embedding, and of an untied head."""
+        """Parameters of the embedding."""
         return self.vocab_size * self.hidden_size
 
     @property
     def num_params(self) -> int:
         """All parameters; the final norm and a tied embedding count once."""
-        embeddings = self.embedding_params * (1 if self.tied else 2)
-        if self.num_labels is not None:
-            embeddings = self.embedding_params + self.num_labels * self.hidden_size
-        return embeddings + sum(self.layer_params(self.layers)) + self.hidden_size
+        ends = self.embedding_params + (0 if self.tied else self.head_params)
+        return ends + sum(self.layer_params(self.layers)) + self.hidden_size
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of an output head of its own, or of the score head in its place."""
+        if self.num_labels is None:
+            return self.embedding_params
+        return self.num_labels * self.hidden_size
 
     def is_in_mtp_layer(self, name: str) -> bool:
         """Whether a Hugging Face tensor is of a layer that predicts further tokens."""

@@ -16,6 +16,8 @@ from rlsys.config.load import load_config_as
 from rlsys.config.method import schema_of
 from rlsys.data.scored import load_scored
 from rlsys.data.scored_rows import ScoreRules
+from rlsys.model.memory import GIB, estimate_policy
+from rlsys.model.shape import read_model_shape
 
 
 def load(path, *overrides):
@@ -43,6 +45,15 @@ def test_a_reward_model_is_explained(tmp_path):
     assert "; whole: score" in text
     after_config = text.partition("\nTraining\n")[2].lower()
     assert not [word for word in ("rollout", "completion", "vllm") if word in after_config]
+
+
+def test_the_memory_is_that_of_a_score_head_and_not_of_logits(tmp_path):
+    config = load(write_reward_model_run(tmp_path)).config
+    shape = read_model_shape(tmp_path / "model", num_labels=1)
+    estimate = estimate_policy(config, shape, device="cuda")
+    # The states of both texts of all 4 pairs, and their gradient, in bfloat16.
+    assert estimate.gib["logits"] * GIB == 8 * 64 * shape.hidden_size * 2 * 2
+    assert estimate.gib["weights"] * GIB == pytest.approx(2 * shape.num_params, rel=0.01)
 
 
 @pytest.mark.parametrize(
