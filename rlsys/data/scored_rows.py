@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,16 @@ from rlsys.data.formats import (
 from rlsys.data.preference_rows import CHOSEN, LABEL, REJECTED, parse_pair
 from rlsys.data.row import Row
 from rlsys.data.targets import answer_text, leave_out
-from rlsys.json_text import BadRow, parse_cell
+from rlsys.json_text import BadRow, parse_cell, parsed_or_same
+from rlsys.text import counted
 
 if TYPE_CHECKING:
     from rlsys.config import RewardModelConfig
 
 MARGIN = "margin"
 """TRL's column: by how much the chosen answer is better."""
+_LARGEST = 1e18
+"""Squares of larger numbers, which losses have, come near the end of float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,12 @@ def read_label(value: Any, rules: ScoreRules) -> tuple[float, ...]:
         BadRow: another type, a class that there is not, or another number of numbers.
     """
     if rules.problem_type == "regression":
-        numbers = value if isinstance(value, list | tuple) else [value]
+        given = parsed_or_same(value)
+        numbers = given if isinstance(given, list | tuple) else [given]
         if len(numbers) != rules.num_labels:
             raise BadRow(
-                f"the column {LABEL!r} has {len(numbers)} numbers, and reward_model.num_labels is "
-                f"{rules.num_labels}: give as many"
+                f"the column {LABEL!r} has {counted(len(numbers), 'number')}, and "
+                f"reward_model.num_labels is {rules.num_labels}: give as many"
             )
         return tuple(_number(number, LABEL) for number in numbers)
     if rules.problem_type == "single_label_classification":
@@ -159,17 +162,18 @@ def read_label(value: Any, rules: ScoreRules) -> tuple[float, ...]:
 
 
 def _class(value: Any, rules: ScoreRules) -> int:
-    """The number of a class, from its number or its name."""
+    """The number of a class, from its name or its number, which is a text in CSV."""
     if isinstance(value, str) and value in rules.label_names:
         return rules.label_names.index(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = parsed_or_same(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise BadRow(f"the column {LABEL!r} has {value!r:.40}: {_wanted(rules)}")
-    if not 0 <= value < rules.num_labels:
+    if not 0 <= number < rules.num_labels:
         raise BadRow(
-            f"the column {LABEL!r} has the class {value}, and the run has {rules.num_labels} "
+            f"the column {LABEL!r} has the class {number}, and the run has {rules.num_labels} "
             f"classes, {rules.classes}: raise reward_model.num_labels, or correct the row"
         )
-    return value
+    return number
 
 
 def _wanted(rules: ScoreRules) -> str:
@@ -181,11 +185,16 @@ def _wanted(rules: ScoreRules) -> str:
 
 
 def _number(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number, or the text of one, as cells of CSV are."""
+    number = parsed_or_same(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise BadRow(f"the column {column!r} has {value!r:.40}: a number is wanted")
-    if not math.isfinite(value):
-        raise BadRow(f"the column {column!r} has {value!r}: a finite number is wanted")
-    return float(value)
+    if not abs(number) <= _LARGEST:
+        raise BadRow(
+            f"the column {column!r} has {value!r:.40}: a finite number is wanted, up to "
+            f"{_LARGEST:.0e}"
+        )
+    return float(number)
 
 
 def _is_json(text: str) -> bool:

@@ -33,7 +33,7 @@ def load(tokenizer, tmp_path):
 
 
 def test_pairs_are_rendered_as_the_reward_model_of_grpo_does(load, tokenizer):
-    [row] = load(PAIR | {"margin": 0.5}).train
+    [row] = load(PAIR | {"margin": "0.5"}).train
     template = ChatTemplate(tokenizer)
     expected = [
         template.answered_tokens([*PAIR["prompt"], *answer], None)
@@ -95,7 +95,11 @@ def test_conversations_with_labels(load, tokenizer):
         (SEVERAL, [0, "good"], (1.0, 0.0, 1.0)),
         (SEVERAL, "[1]", (0.0, 1.0, 0.0)),
         (SEVERAL, [], (0.0, 0.0, 0.0)),
+        (CLASSES, "2", (2.0,)),
+        (ScoreRules("single_label_classification", 2, ("1", "0")), "1", (0.0,)),
         (NUMBERS, 0.25, (0.25,)),
+        (NUMBERS, "-0.25", (-0.25,)),
+        (ScoreRules("regression", 2), "[1, -2.5]", (1.0, -2.5)),
         (ScoreRules("regression", 2), [1, -2.5], (1.0, -2.5)),
     ],
 )
@@ -117,6 +121,10 @@ def test_labels_of_each_kind(load, rules, label, expected):
         (SEVERAL, {"label": [1, 1]}, "names a class twice"),
         (SEVERAL, {"label": [7]}, "has the class 7, and the run has 3 classes"),
         (NUMBERS, {"label": "high"}, "has 'high': a number is wanted"),
+        (NUMBERS, {"label": "true"}, "has True: a number is wanted"),
+        (NUMBERS, {"label": 1e39}, "has 1e+39: a finite number is wanted, up to 1e+18"),
+        (NUMBERS, {"label": 10**400}, "a finite number is wanted, up to 1e+18"),
+        (ScoreRules("regression", 2), {"label": 1}, "has 1 number, and reward_model.num_labels"),
         (NUMBERS, {"label": [1, 2]}, "has 2 numbers, and reward_model.num_labels is 1"),
         (CLASSES, {"label": 1, "text": ""}, "the column 'text' is empty"),
         (CLASSES, {"label": 1, "text": 5}, "the column 'text' is not a text"),
@@ -128,7 +136,8 @@ def test_labels_of_each_kind(load, rules, label, expected):
 )
 def test_a_row_that_teaches_nothing_is_named(load, rules, row, says):
     is_pair = rules.problem_type == "preference"
-    good = PAIR if is_pair else {"text": "a text", "label": [0] if rules is SEVERAL else 0}
+    labels = {SEVERAL: [0], ScoreRules("regression", 2): [0, 0]}
+    good = PAIR if is_pair else {"text": "a text", "label": labels.get(rules, 0)}
     row = row if is_pair else {"text": "a text"} | row
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2") as error:
         load(good, row, rules=rules)
