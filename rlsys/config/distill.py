@@ -88,9 +88,7 @@ class DistillConfig(SftConfig):
     @property
     def most_replicas(self) -> int:
         """Replicas of policy or teacher, whichever has more: each needs a row of a batch."""
-        teacher = self.teacher
-        ranks = teacher.tensor_parallel_size * teacher.context_parallel_size
-        return max(self.data_parallel_size, teacher.world_size // ranks)
+        return max(self.data_parallel_size, self.teacher.num_replicas)
 
     @property
     def divergence(self) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlsys.config.distill_sampling import sampling_problems
 from rlsys.config.rules_sft import sft_problems
-from rlsys.config.rules_teacher import teacher_rank_problems
+from rlsys.config.rules_teacher import changed_fields, teacher_rank_problems
 from rlsys.problems import Problem
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ def distill_problems(config: DistillConfig) -> list[Problem]:
     """Every rule between fields that `config` breaks; empty when it can run."""
     return [
         *sft_problems(config),
-        *teacher_rank_problems(config, config.teacher),
+        *teacher_rank_problems(
+            config, config.teacher, config.rows_per_step, "policy.global_batch_size"
+        ),
         *_teacher_problems(config),
         *_student_problems(config),
     ]
@@ -30,11 +32,6 @@ def _teacher_problems(config: DistillConfig) -> Iterator[Problem]:
         yield Problem(
             "teacher.path: is missing: set it to the folder or hub id of a model with the "
             "tokenizer of model.path"
-        )
-    if config.most_replicas > config.global_batch_size:
-        yield Problem(
-            f"teacher.world_size = {teacher.world_size} makes more replicas than the "
-            f"{config.global_batch_size} samples of a step (policy.global_batch_size): lower it"
         )
     lora = config.policy.lora
     has_adapter = lora is not None and lora.path is not None  # it may forget what that learned
@@ -49,14 +46,12 @@ def _student_problems(config: DistillConfig) -> Iterator[Problem]:
     """Rules about the student's own completions."""
     lmbda, sft, rollout = config.distill.lmbda, config.sft, config.rollout
     if not lmbda:
-        changed = rollout.model_fields_set & set(type(rollout).model_fields)
-        defaults = {name: field.default for name, field in type(rollout).model_fields.items()}
-        useless = sorted(n for n in changed if getattr(rollout, n) != defaults[n])
-        if useless:
-            yield Problem(
-                f"rollout.{useless[0]} has no effect with distill.lmbda = 0, where the student "
-                "samples nothing: leave it out, or set lmbda above 0"
-            )
+        for section in ("rollout", "weight_sync"):
+            for name, value in changed_fields(getattr(config, section)):
+                yield Problem(
+                    f"{section}.{name} = {value} changes nothing, since with distill.lmbda = 0 the "
+                    "student samples nothing: leave it out, or set lmbda above 0"
+                )
         return
     for name, value, usual in (
         ("sft.objective", sft.objective, "sft"),

@@ -20,9 +20,12 @@ def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Itera
     """
     names, weights = reward.names, reward.reward_weights
     if not names:
+        alone = ""
+        if has_teacher:
+            alone = ". With weight 0 in reward.reward_weights the teacher alone is learned from"
         yield Problem(
             "reward.reward_funcs: nothing scores the completions: name a function (`rlsys rewards "
-            "list` shows them), or a model in reward.reward_model"
+            f"list` shows them), or a model in reward.reward_model{alone}"
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

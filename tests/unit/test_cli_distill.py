@@ -36,13 +36,17 @@ def refused(capsys, *words) -> str:
         ("--teacher.world_size 2", "teacher.world_size = 2 is more than the policy's ranks"),
         (
             "--teacher.world_size 8 --teacher.placement own",
-            "teacher.world_size = 8 makes more replicas than the 4 samples of a step",
+            "makes 8 replicas, and a step has 4 rows for them (policy.global_batch_size)",
         ),
         ("--sft.loss_on nothing", "sft.loss_on = 'nothing'"),
         ("--distill.lmbda 2", "distill.lmbda = 2"),
         (
             "--distill.lmbda 0 --rollout.temperature 0.7",
-            "rollout.temperature has no effect with distill.lmbda = 0",
+            "rollout.temperature = 0.7 changes nothing, since with distill.lmbda = 0",
+        ),
+        (
+            "--distill.lmbda 0 --weight_sync.bucket_mb 8",
+            "weight_sync.bucket_mb = 8 changes nothing, since with distill.lmbda = 0",
         ),
         ("--rollout.engines_per_gpu 2", "rollout.num_engines = 1 is not a multiple of"),
         ("--sft.thinking ignore", "sft.thinking = ignore leaves no whole answer"),

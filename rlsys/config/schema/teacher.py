@@ -24,3 +24,8 @@ class TeacherConfig(Section):
     placement: Literal["policy", "own"] = "policy"
     """GPUs of the teacher. policy: rank r runs on the GPU of policy rank r, and its weights wait
     in host memory meanwhile. own: GPUs of its own, which saves that copy."""
+
+    @property
+    def num_replicas(self) -> int:
+        """Models that compute different rows at once."""
+        return self.world_size // (self.tensor_parallel_size * self.context_parallel_size)

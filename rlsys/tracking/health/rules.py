@@ -112,7 +112,8 @@ def _of_rewards(config: Config, health: HealthConfig, completions: str) -> Itera
         yield DeadReward(health.dead_reward, completions)
     if health.perfect_reward is not None:
         yield PerfectReward(accuracy, health.perfect_reward)
-    if health.all_alike_groups is not None:
+    # A teacher tells the tokens of completions with equal rewards apart.
+    if health.all_alike_groups is not None and config.used_teacher is None:
         yield AllAlikeGroups(health.all_alike_groups)
     if health.reward_hacking is not None:
         yield RewardHacking(accuracy, health.reward_hacking)

@@ -31,7 +31,12 @@ def test_a_teacher_has_actors_of_its_own_and_shares_the_gpus_of_the_policy():
     ("sections", "words"),
     [
         ({"grpo": OPD}, "grpo.opd_kl_coef = 1 needs a teacher: set teacher.path"),
-        ({"teacher": TEACHER}, "teacher.path = org/teacher teaches nothing"),
+        ({"teacher": TEACHER}, "teacher.path = org/teacher changes nothing"),
+        ({"teacher": {"placement": "own"}}, "teacher.placement = own changes nothing"),
+        (
+            {"grpo": OPD, "teacher": TEACHER | {"world_size": 64, "placement": "own"}},
+            "makes 64 replicas, and a step has 16 rows for them (rollout.generation_batch_size)",
+        ),
         (
             {"grpo": OPD, "teacher": TEACHER | {"world_size": 2}},
             "teacher.world_size = 2 is more than the policy's ranks",
@@ -67,3 +72,10 @@ def test_the_policy_that_moved_since_it_sampled_is_asked_again():
     stale = {"max_staleness": 1}
     assert config(grpo=OPD, teacher=TEACHER, rollout=stale).recompute_old_logprobs
     assert not config(rollout=stale).recompute_old_logprobs
+
+
+def test_without_reward_functions_the_error_says_how_a_teacher_alone_teaches():
+    (text,) = problems(reward={"reward_funcs": []}, grpo=OPD, teacher=TEACHER)
+    assert "With weight 0 in reward.reward_weights the teacher alone is learned from" in text
+    (text,) = problems(reward={"reward_funcs": []})
+    assert "teacher" not in text

@@ -42,6 +42,14 @@ def evaluation(accuracy: float, count: int = 400) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+def test_equal_rewards_are_a_warning_unless_a_teacher_tells_tokens_apart(coef):
+    taught = {"grpo": {"opd_kl_coef": coef}, "teacher": {"path": "org/teacher" if coef else None}}
+    config = make_config(Path("run"), **taught)
+    names = {rule.name for rule in rules_of(config, dtype="float32")}
+    assert ("all_alike_groups" in names) == (coef == 0)
+
+
 def test_a_constant_reward_is_a_warning_once_and_by_name():
     watch = RewardWatch(["accuracy", "format"])
     warnings = []
