@@ -30,7 +30,7 @@ from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
 from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
 from rlsys.preflight.experts import expert_problems, replay_problems
-from rlsys.preflight.tokenizers import tokenizer_problems
+from rlsys.preflight.tokenizers import reference_token_problems, tokenizer_problems
 from rlsys.preflight.trained import trained_problems
 from rlsys.problems import Problem
 
@@ -92,11 +92,8 @@ def _reference(config: ReferencedConfig, shape: ModelShape | None) -> Iterator[P
         yield from problems
     if reference is not None:
         yield from _frozen_layout(config, "reference", config.reference, reference)
-    if shape is not None and reference is not None and reference.vocab_size != shape.vocab_size:
-        yield Problem(
-            f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
-            f"of {shape.vocab_size}: the reference model must have the same tokenizer"
-        )
+    if shape is not None and reference is not None and config.reference.path is not None:
+        yield from reference_token_problems(config.model.path, config.reference.path)
 
 
 def _teacher(config: RunConfig, policy: ModelShape | None) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Whether a teacher reads token ids as the policy does."""
+"""Whether a teacher and a reference read token ids as the policy does."""
 
 from __future__ import annotations
 
@@ -36,6 +36,37 @@ def tokenizer_problems(policy: str, teacher: str) -> Iterator[Problem]:
     for text in found:
         if text is not None:
             yield Problem(f"teacher.path: {text}", only_here=True)
+
+
+def reference_token_problems(policy: str, reference: str) -> Iterator[Problem]:
+    """The problem of a reference whose token ids mean something else.
+
+    It needs no tokenizer of its own, and may know fewer added tokens than the policy.
+
+    Args:
+        policy, reference: folders or hub ids of two models whose config.json can be read.
+    """
+    folders = [find_model_folder(path) for path in (policy, reference)]
+    own, theirs = (read_model_shape(folder, may_bridge=True).vocab_size for folder in folders)
+    if own != theirs:
+        yield Problem(
+            f"reference.path has a vocabulary of {theirs} tokens and model.path one of {own}: the "
+            "reference model must have the same tokenizer"
+        )
+        return
+    try:
+        tokens, others = (token_ids(folder) for folder in folders)
+    except ValueError:
+        return  # a problem of model.path, or of a tokenizer that nothing reads
+    differing = [token for token in tokens.keys() & others.keys() if tokens[token] != others[token]]
+    if differing:
+        first = min(differing, key=tokens.__getitem__)
+        yield Problem(
+            f"reference.path = {reference} has another tokenizer than model.path = {policy}: "
+            f"{counted(len(differing), 'token')} of both differ ({first!r} is {others[first]} for "
+            f"the reference and {tokens[first]} for the policy). Use a model with the policy's",
+            only_here=True,
+        )
 
 
 def check_tokenizers(policy: Path, teacher: Path) -> None:

@@ -409,6 +409,19 @@ def test_a_reference_with_another_vocabulary(problems, tmp_path):
     assert problems("--reference.path", folder) == []  # beta is 0: no reference model
 
 
+def test_a_reference_with_another_tokenizer_of_the_same_size(problems, tmp_path):
+    def folder(name, **vocabulary):
+        path = write_model(tmp_path / name)
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+        return str(path)
+
+    words = ["--grpo.beta", "0.1", "--model.path", folder("own", a=0, b=1, c=2, d=3)]
+    text = only(problems(*words, "--reference.path", folder("other", a=0, b=2, c=1)))
+    assert "has another tokenizer than model.path" in text
+    assert "2 tokens of both differ ('b' is 2 for the reference and 1 for the policy)" in text
+    assert problems(*words, "--reference.path", folder("fewer", a=0, b=1)) == []
+
+
 @pytest.mark.parametrize(("modules", "does"), [(["mlp"], True), (["mlp", "core_attn"], False)])
 def test_core_attn_does_nothing_in_layers_of_linear_attention(tmp_path, modules, does):
     policy = PolicyConfig(recompute="selective", recompute_modules=modules)
