@@ -305,7 +305,9 @@ class LogprobHead:
         self._recompute_logits = config.policy.recompute_logits
         self._in_fp32 = config.model.fp32_lm_head
         group = parallel_state.get_tensor_model_parallel_group()
-        start = group.rank() * (model.vocab_size // group.size())
+        self.slice_size = model.vocab_size // group.size()
+        """Token ids of this rank's slice, with those that fill it up."""
+        start = group.rank() * self.slice_size
         self.vocab = VocabSlice(start, group if group.size() > 1 else None)
 
     def __call__(

@@ -13,7 +13,7 @@ from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT
 from rlsys.model.folder import resolve_model_path
-from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.shape import read_model_shape
 
 if TYPE_CHECKING:
     from rlsys.algo.batching import PackedMicroBatch
@@ -44,7 +44,6 @@ class DivergenceHead:
     Args:
         head: the student's own, which computes log-probs where there is no teacher.
         config: of the run.
-        shape: the student's.
         dtype, device: of the weight.
     """
 
@@ -52,7 +51,6 @@ class DivergenceHead:
         self,
         head: LogprobHead,
         config: RunConfig,
-        shape: ModelShape,
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -64,9 +62,9 @@ class DivergenceHead:
                 "the teacher's output weight, vocabulary / TP x hidden: raise "
                 "policy.tensor_parallel_size, or set distill.loss_top_k"
             ):
-                self._weight = self._read_weight(config, shape).to(device, dtype)
+                self._weight = self._read_weight(config).to(device, dtype)
 
-    def _read_weight(self, config: RunConfig, shape: ModelShape) -> torch.Tensor:
+    def _read_weight(self, config: RunConfig) -> torch.Tensor:
         """[V, D], the rows of the token ids that this rank has of the student's vocabulary.
 
         Ids that the teacher lacks have rows of zeros; the divergence leaves them out.
@@ -74,11 +72,9 @@ class DivergenceHead:
         assert config.teacher_path is not None
         folder = resolve_model_path(config.teacher_path)
         teacher = read_model_shape(folder, may_bridge=True)
-        group = self._head.vocab.group
-        ranks = 1 if group is None else group.size()
-        size, start = -(-shape.vocab_size // ranks), self._head.vocab.start
         with SafetensorsReader(folder) as reader:
             whole = reader.shard(HF_EMBEDDING if teacher.tied else HF_OUTPUT, None, 0, 1)
+        start, size = self._head.vocab.start, self._head.slice_size
         rows = whole[start : start + size]
         return torch.cat([rows, rows.new_zeros(size - len(rows), whole.shape[1])])
 

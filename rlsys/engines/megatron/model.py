@@ -169,7 +169,7 @@ class MegatronModel:
         if not self.on_cpu:
             head.warm_up(trains=trains, entropy_bonus=config.algorithm.entropy_coef > 0)
         if trains and config.divergence is not None:
-            return DivergenceHead(head, config, self.shape, self.dtype, self.device)
+            return DivergenceHead(head, config, self.dtype, self.device)
         return head
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:

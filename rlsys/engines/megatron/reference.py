@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from rlsys.algo.batching import PackedMicroBatch, shard_rows
+from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.teacher_rows import split_rows
 from rlsys.config import ReferencedConfig, RunConfig
 from rlsys.engines.megatron.build import LogprobHead
@@ -133,8 +132,7 @@ class MegatronTeacher(FrozenModel):
             row indices of this data-parallel rank and what it found of them; None on ranks that do
             not report.
         """
-        lengths = batch.lengths.tolist()
-        shards = shard_rows(range(len(lengths)), lengths, num_shards=self._dp_size)
+        shards = self._shard(range(len(batch.lengths)), batch)
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
         def collect(
@@ -144,17 +142,10 @@ class MegatronTeacher(FrozenModel):
             kept = {name: v[micro_batch.loss_mask].cpu() for name, v in known.items()}
             return torch.zeros((), device=self.device), kept
 
-        run = partial(self._forward_backward, packed, collect, chunks=self.model, forward_only=True)
         self._head = self._teacher_head
         try:
             with self._on_gpu():
-                if self._unknown_scales:  # only a pass that could have gradients finds them
-                    with torch.enable_grad():
-                        run()
-                    self._unknown_scales = False
-                self.model.eval()
-                found = run()
-                self.model.train()
+                found = self._forward_only(packed, collect)
         finally:
             self._head = self._logprob_head
         if not self.reports:
