@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.model.shape import ModelShape
+from rlsys.model.shape import ModelShape, read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,24 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if pad is None else pad
 
 
+def stored_label_names(folder: Path, shape: ModelShape) -> list[str]:
+    """Names of the classes of a folder that is a classifier already; empty without names."""
+    assert shape.num_labels is not None
+    values = read_model_config(folder)
+    named = values.get("id2label") or {}
+    names = [named.get(str(number)) for number in range(shape.num_labels)]
+    is_classifier = values.get("architectures") == [shape.family.classifier]
+    has_names = is_classifier and None not in names and names != _numbered(shape.num_labels)
+    return names if has_names else []
+
+
+def _numbered(num_labels: int) -> list[str]:
+    """transformers' names of classes without names."""
+    return [f"LABEL_{number}" for number in range(num_labels)]
+
+
 def classifier_config(
+    folder: Path,
     shape: ModelShape,
     *,
     pad_token_id: int | None,
@@ -31,13 +49,14 @@ def classifier_config(
     """Keys of config.json that make a language model's folder a classifier's.
 
     Args:
+        folder: of the language model, or of a classifier that is trained on.
         shape: with a score head.
         pad_token_id: what pads rows.
-        label_names: of the classes; empty numbers them.
+        label_names: of the classes; empty keeps those that a classifier has, or numbers them.
         problem_type: transformers' name of the loss; None: a reward model.
     """
     assert shape.num_labels is not None
-    names = label_names or [f"LABEL_{number}" for number in range(shape.num_labels)]
+    names = label_names or stored_label_names(folder, shape) or _numbered(shape.num_labels)
     return {
         "architectures": [shape.family.classifier],
         "id2label": {str(number): name for number, name in enumerate(names)},

@@ -10,6 +10,7 @@ from rlsys.config import RewardModelConfig
 from rlsys.config.passed_through import megatron_option_problems
 from rlsys.data.scored import ScoreSource
 from rlsys.data.scored_rows import ScoreRules
+from rlsys.model.classifier import stored_label_names
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.rope import longrope_switch
@@ -42,6 +43,13 @@ def score_head_problems(config: RewardModelConfig) -> Iterator[Problem]:
             f"model.path: `rlsys reward-model` gives a head to models that rlsys builds itself, "
             f"and mcore-bridge builds {shape.model_type}: use another model, or leave model.bridge "
             "out"
+        )
+    wanted, stored = config.reward_model.label_names, stored_label_names(folder, shape)
+    if wanted and stored and wanted != stored:
+        yield Problem(
+            f"reward_model.label_names = [{', '.join(wanted)}], and the score head of model.path "
+            f"{folder} has the classes [{', '.join(stored)}]: name the same ones in the same "
+            "order, or start from a model without a score head"
         )
     switch, most = longrope_switch(read_model_config(folder)), config.data.max_length
     if switch is not None and most > switch:

@@ -140,6 +140,17 @@ def test_a_head_with_other_outputs_is_refused(tmp_path, capsys):
     assert "the score head has 3 outputs, and the run trains 1: set reward_model.num_labels" in text
 
 
+def test_classes_of_a_head_in_another_order_are_refused(tmp_path, capsys):
+    section = {"problem_type": CLASSES, "label_names": ["good", "bad"]}
+    path = write_reward_model_run(tmp_path, reward_model=section)
+    (tmp_path / "train.jsonl").write_text((json.dumps({"text": "a", "label": 0}) + "\n") * 20)
+    names = {"id2label": {"0": "bad", "1": "good"}}
+    write_model(tmp_path / "model", architectures=["Qwen3ForSequenceClassification"], **names)
+    text = refused(capsys, "reward-model", path)
+    assert "reward_model.label_names = [good, bad], and the score head of model.path" in text
+    assert "has the classes [bad, good]: name the same ones in the same order" in text
+
+
 def test_a_model_that_transformers_has_no_classifier_of_is_refused(tmp_path, capsys):
     path = write_reward_model_run(tmp_path)
     config = json.loads((tmp_path / "model/config.json").read_text())

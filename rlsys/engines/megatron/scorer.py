@@ -35,6 +35,7 @@ class MegatronScorer(MegatronPolicy):
         section = config.reward_model
         tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.config_changes = classifier_config(
+            self.folder,
             self.shape,
             pad_token_id=pad_token_id(tokenizer),
             label_names=section.label_names,

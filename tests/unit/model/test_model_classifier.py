@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rlsys.config import LoraConfig
 from rlsys.model.adapter_folder import write_adapter_config
-from rlsys.model.classifier import classifier_config, pad_token_id
+from rlsys.model.classifier import classifier_config, pad_token_id, stored_label_names
 from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import SCORE, weight_table
 from rlsys.model.lora import adapter_table, plan_lora
@@ -44,14 +44,27 @@ def test_the_head_is_in_the_place_of_the_output_head(tmp_path, tied):
 def test_what_config_json_says_of_a_classifier(tmp_path):
     shape = shape_of(tmp_path, num_labels=2)
     found = classifier_config(
-        shape, pad_token_id=7, label_names=["bad", "good"], problem_type="regression"
+        tmp_path, shape, pad_token_id=7, label_names=["bad", "good"], problem_type="regression"
     )
     assert found["pad_token_id"] == 7
     assert found["id2label"] == {"0": "bad", "1": "good"}
     assert found["label2id"] == {"bad": 0, "good": 1}
     assert found["architectures"] == [FAMILIES[shape.model_type].classifier]
-    unnamed = classifier_config(shape, pad_token_id=7, label_names=[], problem_type=None)
+    unnamed = classifier_config(tmp_path, shape, pad_token_id=7, label_names=[], problem_type=None)
     assert list(unnamed["label2id"]) == ["LABEL_0", "LABEL_1"]
+
+
+def test_a_classifier_that_is_trained_on_keeps_its_names(tmp_path):
+    named = {"id2label": {"0": "bad", "1": "good"}}
+    of_classifier = named | {"architectures": ["Qwen3ForSequenceClassification"]}
+    shape = shape_of(tmp_path, num_labels=2, **of_classifier)
+    assert stored_label_names(tmp_path, shape) == ["bad", "good"]
+    found = classifier_config(tmp_path, shape, pad_token_id=7, label_names=[], problem_type=None)
+    assert found["id2label"] == named["id2label"]
+    # Numbers say nothing, nor do the names of a language model, which are a default.
+    numbers = of_classifier | {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    assert stored_label_names(tmp_path, shape_of(tmp_path, num_labels=2, **numbers)) == []
+    assert stored_label_names(tmp_path, shape_of(tmp_path, num_labels=2, **named)) == []
 
 
 @pytest.mark.parametrize(
