@@ -56,13 +56,15 @@ class DistillRolloutConfig(Section):
 def sampler_config(config: DistillConfig) -> Config:
     """What rollout engines read of a distillation: a config of GRPO that samples as it does.
 
-    Only engines and weight syncs get it; its rewards and batches mean nothing.
+    Only engines, weight syncs and estimates of memory get it; its rewards mean nothing.
 
     Raises:
         ValidationError: fields of the student's sampling do not fit each other.
     """
-    # Enough for the rules of GRPO: whole groups of two, for each engine and replica.
-    batch = 2 * config.rollout.num_engines * config.data_parallel_size
+    # The rows of a step, filled up for the rules of GRPO: whole groups of two, for each engine and
+    # replica.
+    unit = 2 * config.rollout.num_engines * max(1, config.data_parallel_size)
+    batch = -(-config.rows_per_step // unit) * unit
     own = config.rollout.model_dump()
     of_run = ("output_dir", "seed", "device", "placement_timeout", "rendezvous_ports", "recovery")
     return Config.model_validate(

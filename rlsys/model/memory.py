@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsys.config import Config, ReferenceConfig, ReferencedConfig, RunConfig, TeacherConfig
@@ -74,6 +74,11 @@ class MemoryEstimate:
         """Sum over purposes."""
         return sum(self.gib.values())
 
+    def plus(self, purpose: str, gib: float, formula: str = "") -> MemoryEstimate:
+        """The same process, with something more that it holds."""
+        formulas = {purpose: formula} if formula else {}
+        return replace(self, gib=self.gib | {purpose: gib}, formula=self.formula | formulas)
+
 
 def _estimate(role: str, device: Device, tensors: Sequence[Tensor]) -> MemoryEstimate:
     gib = {"process": _PROCESS_GIB[role, device]}
@@ -126,12 +131,9 @@ def with_head_of_teacher(
 ) -> MemoryEstimate:
     """The policy's memory with the teacher's output weight, by which its logits are computed."""
     tp, width = config.policy.tensor_parallel_size, bytes_per_weight(config, device)
-    name, num_bytes = "teacher's head", teacher.embedding_params / tp * width
-    return MemoryEstimate(
-        policy.role,
-        policy.gib | {name: num_bytes / GIB},
-        policy.formula | {name: f"its vocabulary x its hidden size x {width} bytes / TP {tp}"},
-    )
+    gib = teacher.embedding_params / tp * width / GIB
+    text = f"its vocabulary x its hidden size x {width} bytes / TP {tp}"
+    return policy.plus("teacher's head", gib, text)
 
 
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:

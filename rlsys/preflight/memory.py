@@ -67,8 +67,9 @@ def estimate_trained(config: RunConfig, policy: ModelShape, device: Device) -> l
     """The memory of a policy without reference, and of engines and a teacher if it has them."""
     estimates = [estimate_policy(config, policy, device=device)]
     if config.sampler is not None:
-        _, engine = estimate_memory(config.sampler, policy, policy, device=device)
-        estimates.append(engine)
+        sending, engine = estimate_memory(config.sampler, policy, policy, device=device)
+        synced = estimates[0].plus("weight sync", sending.gib["weight sync"])
+        estimates = [synced, engine]
     if config.teacher_path is not None:
         shape = read_model_shape(find_model_folder(config.teacher_path), may_bridge=True)
         estimates.append(estimate_teacher(config, shape, device=device))

@@ -4,16 +4,17 @@ import json
 from unittest import mock
 
 import pytest
-from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
+from config_cases import EXPERTS, MODEL_SIZES, write_config, write_distill_run, write_model
 from published_models import QWEN_2_5
 
-from rlsys.config.load import load_config
+from rlsys.config import DistillConfig
+from rlsys.config.load import load_config, load_config_as
 from rlsys.model.families.base import LayerShape
 from rlsys.model.kv_cache import kv_layers
 from rlsys.model.memory import GIB, estimate_memory
 from rlsys.model.pipeline import rank_params
 from rlsys.model.shape import read_model_shape
-from rlsys.preflight.memory import gpu_warnings
+from rlsys.preflight.memory import estimate_trained, gpu_warnings
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
@@ -340,3 +341,21 @@ def test_an_update_on_a_gpu_is_estimated_as_measured(tmp_path, policy, gib):
     parts = found[0].gib
     outside = parts["process"] + parts["weight sync"]
     assert found[0].total_gib - outside == pytest.approx(gib, rel=0.01)
+
+
+def test_a_student_that_samples_sends_weights_and_its_engine_caches_a_step(tmp_path):
+    path = write_distill_run(tmp_path)
+
+    def gib(*words):
+        config = load_config_as(DistillConfig, path, words).config
+        found = estimate_trained(config, read_model_shape(tmp_path / "model"), "cuda")
+        return {estimate.role: estimate.gib for estimate in found}
+
+    given, own = gib("--distill.lmbda", "0"), gib()
+    assert given.keys() == {"policy", "teacher"}
+    assert "weight sync" not in given["policy"]
+    assert own["policy"]["weight sync"] == own["rollout"]["weight sync"] > 0
+    twice = gib("--policy.global_batch_size", "8")
+    assert twice["rollout"]["KV cache"] == 2 * own["rollout"]["KV cache"]
+    assert "teacher's head" in own["policy"]
+    assert "teacher's head" not in gib("--distill.loss_top_k", "5")["policy"]

@@ -94,5 +94,6 @@ def test_engines_read_a_config_that_samples_as_the_student_does(config):
     assert sampler.longest_row == run.longest_row == 64 + 256
     assert sampler.model.path == run.model.path
     assert not sampler.is_colocated
+    assert sampler.rollout.generation_batch_size == run.rows_per_step == 4
     assert config(lmbda=0.0).sampler is None
     assert config(lmbda=0.0).longest_row == 64
