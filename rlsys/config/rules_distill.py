@@ -44,7 +44,7 @@ def _teacher_problems(config: DistillConfig) -> Iterator[Problem]:
 
 def _student_problems(config: DistillConfig) -> Iterator[Problem]:
     """Rules about the student's own completions."""
-    lmbda, sft, rollout = config.distill.lmbda, config.sft, config.rollout
+    lmbda, sft = config.distill.lmbda, config.sft
     if not lmbda:
         for section in ("rollout", "weight_sync"):
             for name, value in changed_fields(getattr(config, section)):
