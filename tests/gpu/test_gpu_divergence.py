@@ -19,18 +19,17 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-6}
 """Error of a value or gradient, relative to the largest: bfloat16 also rounds the logits."""
 
 
-def formula(student, teacher, upstream, beta, k):
-    """Divergences, and gradients of `upstream x divergence`, in float64."""
+def formula(student, teacher, upstream, beta, top):
+    """Divergences, over tokens `top` and the rest or over all, and gradients, in float64."""
     student = [tensor.double().requires_grad_() for tensor in student]
     log_p, log_q = (
         (linear(*both)[:, :-PADDING] / TEMPERATURE).log_softmax(-1)
         for both in (student, [tensor.double() for tensor in teacher])
     )
-    if k:
-        log_q, top = log_q.topk(k)
+    if top is not None:
         log_p, log_q = (
             torch.cat([known, (-known.exp().sum(-1, keepdim=True)).log1p()], dim=-1)
-            for known in (log_p.gather(-1, top), log_q)
+            for known in (log_p.gather(-1, top), log_q.gather(-1, top))
         )
     values = divergence_of(log_p, log_q, beta)
     return values.detach(), torch.autograd.grad((upstream * values).sum(), student)
@@ -48,12 +47,13 @@ def errors(rank, dtype, beta, k):
     teacher = random(TOKENS, TEACHER_HIDDEN), random(VOCAB, TEACHER_HIDDEN, scale=0.2)
     targets = torch.randint(0, VOCAB - PADDING, (TOKENS,), generator=rng).to(device)
     upstream = torch.randn(TOKENS, generator=rng).to(device)
-    expected, expected_gradients = formula(student, teacher, upstream.double(), beta, k)
 
     divergence = Divergence(beta, TEMPERATURE, num_token_ids=VOCAB - PADDING)
-    given = TeacherHidden(*teacher)
+    given, top = TeacherHidden(*teacher), None
     if k:
         given = teacher_top(*teacher, k, divergence=divergence)
+        top = given.ids_TK  # rounding decides between tokens that are nearly as likely
+    expected, expected_gradients = formula(student, teacher, upstream.double(), beta, top)
     leaves = [tensor.clone().requires_grad_() for tensor in student]
     found = chunked_divergence(*leaves, targets, given, divergence=divergence)
     gradients = torch.autograd.grad((upstream * found.divergence).sum(), leaves)

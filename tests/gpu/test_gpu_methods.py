@@ -65,7 +65,8 @@ def test_a_reward_model_and_a_policy_learn_from_pairs(tmp_path):
     assert accuracies[0] < 0.8
     assert accuracies[-1] > 0.9
 
-    given |= {"max_steps": 40, "eval_steps": 20, "policy.lr": 1e-3, "model.dtype": "auto"}
+    given |= {"data.max_length": 128, "max_steps": 40, "eval_steps": 20}
+    given |= {"policy.lr": 1e-3, "model.dtype": "auto"}
     for name, changes in {"dpo": {}, "lora": {"policy.lora.rank": 8, "policy.lr": 1e-2}}.items():
         rows = run(tmp_path / name, "preference", "preference/demo.yaml", **given | changes)
         accuracies = held_out(rows, "rewards/accuracies")
