@@ -17,7 +17,7 @@ from rlsys.data.formats import (
 )
 from rlsys.data.preference_rows import CHOSEN, LABEL, REJECTED, parse_pair
 from rlsys.data.row import Row
-from rlsys.data.targets import answer_text, leave_out
+from rlsys.data.targets import COMPLETION, add_answer, answer_text, leave_out
 from rlsys.json_text import BadRow, parse_cell, parsed_or_same
 from rlsys.text import counted
 
@@ -125,11 +125,8 @@ def parse_labelled_text(
         leave_out(row, TEXT)
         return
     reading = read_row(row)
-    answer = row.columns.get(reading.answer_column)
-    if answer is not None:
-        content = answer_text(answer, reading.answer_column)
-        reading.messages.append({"role": "assistant", "content": content})
-        leave_out(row, reading.answer_column)
+    if reading.column != "prompt" or row.columns.get(COMPLETION) is not None:
+        add_answer(row, reading)
     if not reading.messages:
         raise BadRow("the conversation is only an empty system message")
     finish_row(row, reading, system=system)

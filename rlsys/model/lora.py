@@ -97,6 +97,12 @@ def plan_lora(lora: LoraConfig, shape: ModelShape) -> LoraPlan:
     folder = None if lora.path is None else Path(lora.path)
     if folder is not None:
         stored = adapter_settings(folder)
+        if shape.num_labels is not None and "score" not in stored["modules_to_save"]:
+            raise ValueError(
+                f"policy.lora.path: the adapter in {folder} is one of a language model, without a "
+                f"score head. Merge it (`rlsys export {folder} --merge --to hf FOLDER`), set "
+                "model.path to the result, and leave policy.lora.path out"
+            )
         _refuse_other_settings(lora, stored, folder)
         if "target_modules" in lora.model_fields_set:
             _refuse_other_targets(lora, stored["target_modules"], folder, shape)

@@ -78,12 +78,15 @@ def test_conversations_with_labels(load, tokenizer):
     rows = [
         {"messages": user("Hello"), "label": "good"},
         {"query": "Hello", "response": "Hi", "label": 0},
+        {"prompt": "Hello", "completion": "Hi", "label": 0},
+        {"prompt": user("Hello"), "completion": assistant("Hi"), "label": 0},
     ]
-    asked, answered = load(*rows, rules=CLASSES).train
+    asked, answered, *others = load(*rows, rules=CLASSES).train
     template = ChatTemplate(tokenizer)
     assert asked.texts[0].tolist() == template.answered_tokens(user("Hello"), None)
     conversation = [*user("Hello"), *assistant("Hi")]
-    assert answered.texts[0].tolist() == template.answered_tokens(conversation, None)
+    for row in (answered, *others):
+        assert row.texts[0].tolist() == template.answered_tokens(conversation, None)
     assert (asked.label, answered.label) == ((2.0,), (0.0,))
 
 

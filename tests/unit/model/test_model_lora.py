@@ -185,6 +185,13 @@ def test_settings_that_the_adapter_has_otherwise_are_refused(shape, tmp_path, lo
     assert all(word in str(error.value) for word in words)
 
 
+def test_a_score_head_does_not_start_from_an_adapter_without_one(shape, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", shape)
+    scorer = read_model_shape(tmp_path / "model", num_labels=1)
+    with pytest.raises(ValueError, match=r"without a score head\. Merge it \(`rlsys export"):
+        plan(scorer, path=str(folder), modules_to_save=["score"])
+
+
 def test_an_adapter_of_another_model_is_refused(shape, tmp_path):
     write_model(tmp_path / "wide", hidden_size=128)
     folder = save_adapter(tmp_path / "a", read_model_shape(tmp_path / "wide"), rank=3)
