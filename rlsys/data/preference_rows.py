@@ -64,9 +64,8 @@ def parse_pair(row: Row, *, system: str | None) -> None:
             different prompts.
     """
     refuse_media(row.columns)
-    found = _read_pair(row)
+    reading, rejected, first = _read_pair(row)
     leave_out(row, *_ANSWERS)
-    reading, rejected, first = found
     if reading.messages == rejected:
         said = " ".join(rejected[-1]["content"].split()) if rejected else ""
         raise BadRow(
