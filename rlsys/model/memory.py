@@ -131,6 +131,7 @@ def with_head_of_teacher(
 ) -> MemoryEstimate:
     """The policy's memory with the teacher's output weight, by which its logits are computed."""
     tp, width = config.policy.tensor_parallel_size, bytes_per_weight(config, device)
+    width += 4 if config.model.fp32_lm_head and width < 4 else 0  # a float32 copy
     gib = teacher.embedding_params / tp * width / GIB
     text = f"its vocabulary x its hidden size x {width} bytes / TP {tp}"
     return policy.plus("teacher's head", gib, text)

@@ -357,5 +357,7 @@ def test_a_student_that_samples_sends_weights_and_its_engine_caches_a_step(tmp_p
     assert own["policy"]["weight sync"] == own["rollout"]["weight sync"] > 0
     twice = gib("--policy.global_batch_size", "8")
     assert twice["rollout"]["KV cache"] == 2 * own["rollout"]["KV cache"]
-    assert "teacher's head" in own["policy"]
+    head = own["policy"]["teacher's head"]
+    in_fp32 = gib("--model.fp32_lm_head", "true")["policy"]["teacher's head"]
+    assert in_fp32 == pytest.approx(3 * head)  # 2 bytes of bfloat16, and a copy of 4
     assert "teacher's head" not in gib("--distill.loss_top_k", "5")["policy"]
