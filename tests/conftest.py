@@ -18,17 +18,13 @@ settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist all tests run in this process
 def pytest_xdist_make_scheduler(config, log):
-    """Deal tests to processes by file, and all of tests/actors and tests/runs to one.
-
-    Those of tests/actors share a cluster. When runs with clusters of their own went beside them on
-    two cores, the head of one was gone.
-    """
+    """Deal tests to processes by file, and all of tests/actors, which share a cluster, to one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "Ray" if file.startswith(("tests/actors/", "tests/runs/")) else file
+            return "tests/actors" if file.startswith("tests/actors/") else file
 
     return ByCluster(config, log)
 
