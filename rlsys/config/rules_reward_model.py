@@ -91,6 +91,11 @@ def _option_problems(config: RewardModelConfig) -> Iterator[Problem]:
             "preference reads two answers: leave it out; pairs of plain texts have columns chosen "
             "and rejected"
         )
+    if not config.policy.recompute_logits:
+        yield Problem(
+            "policy.recompute_logits = false keeps the logits of a vocabulary, and a score head "
+            "has none: leave it out"
+        )
     if config.checkpoint.load_best_model_at_end and config.policy.lora is not None:
         yield Problem(
             "checkpoint.load_best_model_at_end with policy.lora would make the final model an "

@@ -53,6 +53,7 @@ KIND, CLASSES = "--reward_model.problem_type", "single_label_classification"
             "--policy.max_tokens_per_micro_batch 100",
             "does not hold both answers of the longest pair, 128 tokens with data.max_length = 64",
         ),
+        ("--policy.recompute_logits false", "keeps the logits of a vocabulary, and a score head"),
         ("--data.max_length 300", "data.max_length = 300 tokens, but model.path"),
         ("--data.prompt_template {prompt}", "data.prompt_template makes one text of a row"),
         ("--rollout.num_engines 2", "--rollout.num_engines: there is no such field. It is for"),
