@@ -61,6 +61,7 @@ def classifier_config(
         "architectures": [shape.family.classifier],
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
+        "num_labels": shape.num_labels,  # which may be in `folder`, and there comes before id2label
         "pad_token_id": pad_token_id,
         "problem_type": problem_type,
     }

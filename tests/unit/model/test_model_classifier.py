@@ -5,7 +5,7 @@ import json
 import pytest
 from answer_templates import TEMPLATES, tokenizer_of
 from config_cases import write_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
 )
@@ -50,6 +50,8 @@ def test_what_config_json_says_of_a_classifier(tmp_path):
     assert found["id2label"] == {"0": "bad", "1": "good"}
     assert found["label2id"] == {"bad": 0, "good": 1}
     assert found["architectures"] == [FAMILIES[shape.model_type].classifier]
+    old = {"model_type": shape.model_type, "num_labels": 3}
+    assert AutoConfig.for_model(**old | found).id2label == {0: "bad", 1: "good"}
     unnamed = classifier_config(tmp_path, shape, pad_token_id=7, label_names=[], problem_type=None)
     assert list(unnamed["label2id"]) == ["LABEL_0", "LABEL_1"]
 
