@@ -98,7 +98,8 @@ def perhaps_for_other_command(
     if schema is SftConfig or _own_sections(schema, names):
         return None
     sections = {name.partition(".")[0] for name in names} & config_sections(schema).keys()
-    others = [other for other in (*METHODS[1:], Config) if other is not schema]
+    in_order: list[type[RunConfig]] = [*METHODS[1:], Config]
+    others = [other for other in in_order if other is not schema]
     reader = next((other for other in others if sections <= config_sections(other).keys()), None)
     if reader is None:
         return None

@@ -26,11 +26,11 @@ def stored_label_names(folder: Path, shape: ModelShape) -> list[str]:
     """Names of the classes of a folder that is a classifier already; empty without names."""
     assert shape.num_labels is not None
     values = read_model_config(folder)
-    named = values.get("id2label") or {}
-    names = [named.get(str(number)) for number in range(shape.num_labels)]
+    named: dict[str, str] = values.get("id2label") or {}
+    names = [named[key] for key in map(str, range(shape.num_labels)) if key in named]
     is_classifier = values.get("architectures") == [shape.family.classifier]
-    has_names = is_classifier and None not in names and names != _numbered(shape.num_labels)
-    return names if has_names else []
+    has_all = len(names) == shape.num_labels and names != _numbered(shape.num_labels)
+    return names if is_classifier and has_all else []
 
 
 def _numbered(num_labels: int) -> list[str]:
