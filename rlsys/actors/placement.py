@@ -61,7 +61,7 @@ class Placement:
         # Nodes that were lost may come back.
         patience_s = config.recovery.wait_for_resources_s if is_restarted() else 0.0
         if device == "cuda":
-            wait_for_cluster(partial(check_enough, owners, groups), patience_s)
+            wait_for_cluster(partial(check_enough, config, owners, groups), patience_s)
         self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
         timeout_s, limited_by = config.placement_timeout, "placement_timeout"
         if isinstance(timeout_s, float) and timeout_s < patience_s:

@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 )
 
 from rlsys.actors.meeting import alive_nodes
+from rlsys.config import RunConfig
 from rlsys.config.roles import Role, describe_gpu_demand, fewer_gpus
 from rlsys.cores import usable_cores
 
@@ -183,7 +184,7 @@ class _Reservation:
         )
 
 
-def check_enough(owners: list[Role], groups: Sequence[Sequence[Role]]) -> None:
+def check_enough(config: RunConfig, owners: list[Role], groups: Sequence[Sequence[Role]]) -> None:
     """Refuse a run that would not fit if all GPUs of the cluster were free.
 
     Raises:
@@ -191,7 +192,7 @@ def check_enough(owners: list[Role], groups: Sequence[Sequence[Role]]) -> None:
     """
     wanted, total = sum(role.gpus for role in owners), cluster_gpus()
     if wanted > total:
-        demand, remedy = describe_gpu_demand(owners), fewer_gpus(owners, total)
+        demand, remedy = describe_gpu_demand(owners), fewer_gpus(config, owners, total)
         raise ValueError(f"{demand}, and the Ray cluster has {total}: {remedy}")
     hosts = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive_nodes()}
     if choose_nodes([sum(role.gpus for role in group) for group in groups], hosts) is None:

@@ -163,7 +163,7 @@ def describe_gpu_demand(roles: Sequence[Role]) -> str:
     return f"the run needs {counted(sum(gpus.values()), 'GPU')} ({parts})"
 
 
-def fewer_gpus(roles: Sequence[Role], available: int) -> str:
+def fewer_gpus(config: RunConfig, roles: Sequence[Role], available: int) -> str:
     """What to do about too few GPUs; names only the settings that would help these roles."""
     on_cpu = "run on the CPU with --device cpu"
     if not available:
@@ -174,6 +174,8 @@ def fewer_gpus(roles: Sequence[Role], available: int) -> str:
         remedies.append(
             "set placement to colocated (with rollout.max_staleness 0, "
             "rollout.tensor_parallel_size 1, and no more engines than fit on the policy's GPUs)"
+            if isinstance(config, Config)
+            else "set distill.lmbda to 0, where the student samples nothing"
         )
     return f"{', '.join(remedies)}, or add GPUs" if remedies else "add GPUs"
 

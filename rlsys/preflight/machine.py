@@ -107,5 +107,5 @@ def gpu_problems(config: RunConfig) -> Iterator[Problem]:
     config = decide_placement(config, device="cuda", num_gpus=available)
     roles = plan_roles(config, device="cuda")
     if sum(role.gpus for role in roles) > available:
-        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, available)
+        demand, remedy = describe_gpu_demand(roles), fewer_gpus(config, roles, available)
         yield Problem(f"{demand}, and this machine shows {available}: {remedy}", only_here=True)

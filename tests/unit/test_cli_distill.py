@@ -65,6 +65,17 @@ def test_wrong_values_are_refused_before_anything_starts(tmp_path, capsys, words
     assert says in refused(capsys, "distill", config, *words.split())
 
 
+def test_a_student_that_samples_takes_a_gpu_more(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("rlsys.preflight.machine.visible_gpus", lambda: 1)
+    monkeypatch.setattr("rlsys.preflight.machine.device_of_packages", lambda: None)
+    config = write_distill_run(tmp_path)
+    text = refused(capsys, "distill", config, "--device", "cuda", "--distill.lmbda", "0.5")
+    assert "the run needs 2 GPUs (policy 1, rollout 1), and this machine shows 1: set" in text
+    assert "distill.lmbda to 0, where the student samples nothing, or add GPUs" in text
+    assert "placement" not in text
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing(tmp_path, capsys):
     config = write_distill_run(tmp_path)
     text = refused(capsys, "distill", config, "--teacher.path", tmp_path / "model")
