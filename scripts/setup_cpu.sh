@@ -45,6 +45,7 @@ install_torch
 say "$(wc -l <"$VENV/lock-without-torch.txt") pinned packages: installing into $VENV (some minutes the first time)"
 pip --no-deps -r "$VENV/lock-without-torch.txt" && pip --no-deps --no-build-isolation -e . ||
     fail_with_log "pip could not install the pinned packages"
+byte_compile
 check_imports <<'CHECK'
 from transformers import Qwen3ForCausalLM
 import megatron.core, ray, rlsys, vllm

@@ -32,6 +32,7 @@ say "transformer-engine-torch $te: compiling for this machine's torch (2 minutes
 pip --no-deps --no-build-isolation "transformer-engine-torch==$te" ||
     fail_with_log "Transformer Engine's extension could not be compiled. NVIDIA's PyTorch containers have it"
 pip --no-deps --no-build-isolation -e . || fail_with_log "pip could not install rlsys"
+byte_compile
 check_imports <<'CHECK'
 from transformers import Qwen3ForCausalLM
 import megatron.core, ray, rlsys, transformer_engine.pytorch, vllm

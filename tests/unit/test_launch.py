@@ -91,7 +91,7 @@ class Data:
 
 def system_of(tmp_path, *overrides, reference=None):
     config = load_config(write_config(tmp_path), list(overrides)).config
-    return System(config, "cpu", Model(), reference, Data(), publisher=None, restarts=None)
+    return System(config, "cpu", Model(), reference, None, Data(), publisher=None, restarts=None)
 
 
 def test_a_checkpoint_has_the_policy_and_the_state_of_the_data(tmp_path):

@@ -65,7 +65,9 @@ def save(tmp_path, capsys):
         run = RunDir(tmp_path / "run")
         for step in saved:
             (run.checkpoints / f"step-{step}").mkdir(parents=True)
-        system = System(config, "cpu", policy, reference, Rollouts(), publisher=None, restarts=None)
+        system = System(
+            config, "cpu", policy, reference, None, Rollouts(), publisher=None, restarts=None
+        )
         checkpoints = make_checkpoints(system, run)
         save_last_step(system, run, checkpoints, started_from=started_from)
         return run, capsys.readouterr().out

@@ -52,7 +52,9 @@ def train(tmp_path):
         options = ["--max_steps", "4", "--checkpoint.save_steps", "1", *words]
         config = load_config(write_config(tmp_path), options).config
         run, policy = RunDir(tmp_path / "run"), Policy()
-        system = System(config, "cpu", policy, None, Rollouts(), publisher=None, restarts=None)
+        system = System(
+            config, "cpu", policy, None, None, Rollouts(), publisher=None, restarts=None
+        )
         run.path.mkdir()
         run.metrics.write_text(
             "".join(f'{{"step": {step}, "reward": {step % 3}}}\n' for step in range(1, 5))
