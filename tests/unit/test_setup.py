@@ -1,5 +1,6 @@
 """Set-up: one clear line if it cannot work, and locks without packages for another torch."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -86,3 +87,9 @@ def test_the_gpu_lock_agrees_with_the_gpu_extra_and_with_the_project():
     pinned = dict(line.split("==") for line in GPU_LOCK)
     for requirement in map(Requirement, wanted):
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "megatron.core", "ray", "vllm"])
+def test_packages_are_compiled_once_and_not_by_each_process(name):
+    """Where PYTHONDONTWRITEBYTECODE is set, as in many containers, no import does it for others."""
+    assert Path(importlib.util.find_spec(name).cached).exists()
