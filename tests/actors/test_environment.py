@@ -20,6 +20,7 @@ def environments(class_name):
     return [p.environ() for p in processes if p.cmdline()[:1] == [f"ray::{class_name}"]]
 
 
+@pytest.mark.slow
 def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, variable):
     config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1})
     lab.policy(config)

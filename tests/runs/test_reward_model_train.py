@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_cases import RunProcess
 from scorer_cases import open_classifier
 
-from rlsys import cli
 from rlsys.files import read_jsonl
 from rlsys.model.chat_template import ChatTemplate
 from rlsys.rewards.builtin.reward_model import RewardModel
@@ -31,19 +31,27 @@ def desk(tmp_path_factory):
     return folder
 
 
-def run(desk, name, output_dir, *words):
-    """Run a config of the example; its metrics."""
-    path, command = EXAMPLE / f"{name}.yaml", "reward-model"
-    kind = "pairs" if name == "reward_model" else "topics"
-    places = {
-        "output_dir": output_dir,
+def run(folder, command, name, **fields):
+    """Run a config of the example in a folder; its metrics."""
+    folder.mkdir(exist_ok=True)
+    fields = {"output_dir": "out"} | fields
+    words = [word for field, value in fields.items() for word in (f"--{field}", str(value))]
+    path = str(EXAMPLE / f"{name}.yaml")
+    started = RunProcess(folder, path, *words, subcommand=command)
+    assert started.wait() == 0, started.log
+    started.end()
+    return list(read_jsonl(started.out.metrics))
+
+
+def train(desk, folder, name="reward_model", **fields):
+    """Train a score head on the rows of the desk."""
+    kind = "topics" if name == "topics" else "pairs"
+    rows = {
         "model.path": desk / "model",
         "data.dataset": desk / f"{kind}.jsonl",
         "data.val_dataset": desk / f"{kind}_held_out.jsonl",
     }
-    given = [word for field, value in places.items() for word in (f"--{field}", str(value))]
-    assert cli.main([command, str(path), *given, *words]) == 0
-    return list(read_jsonl(output_dir / "metrics.jsonl"))
+    return run(folder, "reward-model", name, **rows | fields)
 
 
 def held_out(metrics, name):
@@ -51,7 +59,7 @@ def held_out(metrics, name):
 
 
 def test_a_reward_model_learns_and_scores_as_transformers(desk, tmp_path):
-    metrics = run(desk, "reward_model", tmp_path / "run", "--max_steps", "75")
+    metrics = train(desk, tmp_path / "run", max_steps=75)
     accuracies = held_out(metrics, "accuracy")
     assert accuracies[0] < 0.8
     assert accuracies[-1] > 0.9
@@ -60,7 +68,7 @@ def test_a_reward_model_learns_and_scores_as_transformers(desk, tmp_path):
     assert {"accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= trained[0].keys()
     assert trained[-1]["num_tokens"] > trained[0]["num_tokens"]
 
-    final = tmp_path / "run/final"
+    final = tmp_path / "run/out/final"
     reward = RewardModel(str(final), batch_size=3)
     rows = list(read_jsonl(desk / "pairs_held_out.jsonl"))[:8]
     conversations = [
@@ -79,42 +87,38 @@ def test_a_reward_model_learns_and_scores_as_transformers(desk, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(desk, tmp_path):
-    words = ("--eval_steps", "null", "--data.val_dataset", "[]", "--checkpoint.save_steps", "3")
-    lr = ("--policy.lr_scheduler_type", "constant", "--policy.warmup_ratio", "0")
-    whole = run(desk, "reward_model", tmp_path / "whole", "--max_steps", "6", *words, *lr)
-    run(desk, "reward_model", tmp_path / "parts", "--max_steps", "3", *words, *lr)
-    again = ("--max_steps", "6", "--checkpoint.resume", *words, *lr)
-    parts = run(desk, "reward_model", tmp_path / "parts", *again)
+    fields = {"eval_steps": "null", "data.val_dataset": "[]", "checkpoint.save_steps": 3}
+    fields |= {"policy.lr_scheduler_type": "constant", "policy.warmup_ratio": 0}
+    whole = train(desk, tmp_path / "whole", max_steps=6, **fields)
+    train(desk, tmp_path / "parts", max_steps=3, **fields)
+    fields |= {"checkpoint.resume": "true"}
+    parts = train(desk, tmp_path / "parts", max_steps=6, **fields)
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
     assert parts[-1]["num_tokens"] == whole[-1]["num_tokens"]
 
 
 @pytest.mark.slow
 def test_an_adapter_and_a_classifier_learn(desk, tmp_path):
-    lora = ("--policy.lora.rank", "8", "--max_steps", "100")
-    metrics = run(desk, "reward_model", tmp_path / "lora", *lora)
+    metrics = train(desk, tmp_path / "lora", max_steps=100, **{"policy.lora.rank": 8})
     assert held_out(metrics, "accuracy")[-1] > 0.9
-    assert (tmp_path / "lora/final/model.safetensors").exists()
-    metrics = run(desk, "topics", tmp_path / "topics", "--max_steps", "60")
+    assert (tmp_path / "lora/out/final/model.safetensors").exists()
+    metrics = train(desk, tmp_path / "topics", "topics", max_steps=60)
     assert held_out(metrics, "accuracy")[-1] > 0.9
-    config = open_classifier(tmp_path / "topics/final").config
+    config = open_classifier(tmp_path / "topics/out/final").config
     assert config.id2label[1] == "parcel"
     assert config.problem_type == "single_label_classification"
 
 
 @pytest.mark.slow
 def test_grpo_learns_from_the_reward_model(desk, tmp_path):
-    run(desk, "reward_model", tmp_path / "reward", "--max_steps", "75")
-    of_policy = ("--model.path", str(desk / "model"), "--output_dir", str(tmp_path / "sft"))
-    data = ("--data.dataset", str(desk / "answers.jsonl"))
-    assert cli.main(["sft", str(EXAMPLE / "warm_start.yaml"), *of_policy, *data]) == 0
-    words = (
-        *("--output_dir", str(tmp_path / "grpo"), "--model.path", str(tmp_path / "sft/final")),
-        *("--reward.reward_model", str(tmp_path / "reward/final")),
-        *("--data.dataset", str(desk / "prompts.jsonl")),
-        *("--data.val_dataset", str(desk / "prompts_held_out.jsonl")),
-        *("--max_steps", "20"),
-    )
-    assert cli.main(["grpo", str(EXAMPLE / "grpo.yaml"), *words]) == 0
-    rewards = held_out(list(read_jsonl(tmp_path / "grpo/metrics.jsonl")), "reward")
+    train(desk, tmp_path / "reward", max_steps=75)
+    answers = {"model.path": desk / "model", "data.dataset": desk / "answers.jsonl"}
+    run(tmp_path / "sft", "sft", "warm_start", **answers)
+    fields = {
+        "model.path": tmp_path / "sft/out/final",
+        "reward.reward_model": tmp_path / "reward/out/final",
+        "data.dataset": desk / "prompts.jsonl",
+        "data.val_dataset": desk / "prompts_held_out.jsonl",
+    }
+    rewards = held_out(run(tmp_path / "grpo", "grpo", "grpo", max_steps=20, **fields), "reward")
     assert rewards[-1] > rewards[0] + 0.5

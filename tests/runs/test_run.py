@@ -190,6 +190,7 @@ def test_held_out_prompts_are_evaluated_before_and_every_two_steps(whole):
     assert [row["policy_versions"] for row in completions] == [[row["step"]] for row in completions]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_evaluated_to_what_the_run_itself_found(whole, capsys, monkeypatch):
     words = ["eval", "out/checkpoints/step-2", "out", "--out", "evaluated"]
     done = subprocess.run(
