@@ -20,7 +20,7 @@ from rlsys.config.rules_colocated import placement_rules
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.config.rules_profile import profile_problems
-from rlsys.config.rules_reward import reward_problems
+from rlsys.config.rules_reward import learning_problems, reward_problems
 from rlsys.config.rules_speculation import speculation_problems
 from rlsys.config.rules_teacher import teacher_problems
 from rlsys.config.rules_trained import trained_rule_problems
@@ -59,7 +59,8 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *teacher_problems(config),
         *adapter_rules(config),
         *_clip_problems(config),
-        *reward_problems(config.reward, has_teacher=config.used_teacher is not None),
+        *learning_problems(config.reward, has_teacher=config.used_teacher is not None),
+        *reward_problems(config.reward),
         *eval_problems(config),
         *algorithm_problems(config),
         *_engine_problems(config),

@@ -13,13 +13,9 @@ if TYPE_CHECKING:
     from rlsys.config.schema import RewardConfig
 
 
-def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Iterator[Problem]:
-    """Every rule within the reward section that `reward` breaks.
-
-    With a teacher there is something to learn without a reward.
-    """
-    names, weights = reward.names, reward.reward_weights
-    if not names:
+def learning_problems(reward: RewardConfig, *, has_teacher: bool) -> Iterator[Problem]:
+    """Rules about what a policy learns from: rewards, or a teacher."""
+    if not reward.names:
         alone = ""
         if has_teacher:
             alone = ". With weight 0 in reward.reward_weights the teacher alone is learned from"
@@ -27,6 +23,17 @@ def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Itera
             "reward.reward_funcs: nothing scores the completions: name a function (`rlsys rewards "
             f"list` shows them), or a model in reward.reward_model{alone}"
         )
+    weights = reward.reward_weights
+    if weights and not any(weights) and not has_teacher:
+        yield Problem(
+            "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
+            "reward function another weight"
+        )
+
+
+def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
+    """Every rule within the reward section that `reward` breaks, whatever is learned from it."""
+    names, weights = reward.names, reward.reward_weights
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         yield Problem(
@@ -39,11 +46,6 @@ def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Itera
             f"{counted(len(names), 'reward function')} in reward.reward_funcs and "
             f"reward.reward_model ({', '.join(names)}): give one weight for each, or leave it out "
             "for 1 each"
-        )
-    if weights and not any(weights) and not has_teacher:
-        yield Problem(
-            "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
-            "reward function another weight"
         )
     # Settings under reward_model are for all models.
     known = {*names, *(["reward_model"] if reward.models else [])}

@@ -222,6 +222,16 @@ def test_names_and_weights_that_do_not_fit(names, weights, message):
         RewardFunctions(names, weights)
 
 
+def test_functions_of_weight_0_alone_are_scored_too():
+    """A teacher may be all that is learned from."""
+    orms["length"] = lambda completions, **columns: [float(len(text)) for text in completions]
+    found = RewardFunctions(["length"], [0.0]).score(group_of("a", "bb"))
+    assert [(one.total, one.by_name) for one in found] == [
+        (0.0, {"length": 1.0}),
+        (0.0, {"length": 2.0}),
+    ]
+
+
 def test_none_means_not_applicable_and_is_left_out_of_the_total():
     orms["half"] = lambda completions, **columns: [None, 2.0]
     orms["one"] = lambda completions, **columns: [1.0, 1.0]
