@@ -7,8 +7,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rlsys.config.dataset_spec import model_of_modelscope
+from rlsys.config.rows_run import MeasuredRowsConfig, RowsRunConfig
 from rlsys.config.rules_preference import preference_problems
-from rlsys.config.schema import GrpoConfig, ReferenceConfig, RowsConfig, RunConfig, Section
+from rlsys.config.schema import GrpoConfig, ReferenceConfig, Section
 from rlsys.config.schema.profile import ProfiledRole
 from rlsys.config.schema.tracking import SftTrackingConfig
 from rlsys.config.sft import SftPolicyConfig
@@ -124,7 +125,7 @@ class PreferenceSection(Section):
         return self.loss_type == "kto" and self.has_reference
 
 
-class PreferenceDataConfig(RowsConfig):
+class PreferenceDataConfig(MeasuredRowsConfig):
     """Where answers come from."""
 
     max_length: int = Field(default=2048, ge=2)
@@ -157,12 +158,11 @@ class PreferenceAlgorithm(GrpoConfig):
     preference: PreferenceSection
 
 
-class PreferenceConfig(RunConfig):
+class PreferenceConfig(RowsRunConfig):
     """One run of preference training."""
 
     command: ClassVar[str] = "preference"
     row_noun: ClassVar[str] = "row"
-    default_batch_size: ClassVar[str] = "policy.micro_batch_size x data-parallel ranks"
 
     data: PreferenceDataConfig
     preference: PreferenceSection = PreferenceSection()
@@ -184,41 +184,9 @@ class PreferenceConfig(RunConfig):
         return self
 
     @property
-    def rows_per_step(self) -> int:
-        """Pairs or answers per step; null is one forward pass of each data-parallel rank."""
-        if self.policy.global_batch_size is not None:
-            return self.policy.global_batch_size
-        return self.policy.micro_batch_size * self.data_parallel_size
-
-    @property
     def rows_together(self) -> int:
         """The answers of a row."""
         return 2 if self.preference.is_paired else 1
-
-    @property
-    def global_batch_size(self) -> int:
-        """Answers per optimizer step."""
-        return self.rows_per_step * self.rows_together
-
-    @property
-    def optimizer_steps_per_update(self) -> int:
-        """A step of the run is one of the optimizer."""
-        return 1
-
-    @property
-    def longest_row(self) -> int:
-        """data.max_length."""
-        return self.data.max_length
-
-    @property
-    def longest_row_is(self) -> str:
-        """The field."""
-        return "data.max_length"
-
-    @property
-    def max_completion_length(self) -> int:
-        """data.max_length: all tokens of a row may be trained on."""
-        return self.data.max_length
 
     @property
     def algorithm(self) -> PreferenceAlgorithm:

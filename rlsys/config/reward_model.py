@@ -6,16 +6,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from rlsys.config.rows_run import MeasuredRowsConfig, RowsRunConfig
 from rlsys.config.rules_reward_model import reward_model_problems
-from rlsys.config.schema import (
-    GrpoConfig,
-    NonEmptyText,
-    PolicyConfig,
-    RowsConfig,
-    RunConfig,
-    Section,
-)
+from rlsys.config.schema import GrpoConfig, NonEmptyText, Section
 from rlsys.config.schema.tracking import SftTrackingConfig
+from rlsys.config.sft import SftPolicyConfig
 from rlsys.problems import ProblemsError
 
 ProblemType = Literal[
@@ -25,7 +20,7 @@ HEAD = "score"
 """The head's name in transformers' classifiers, and so in PEFT's modules_to_save."""
 
 
-class ScoreDataConfig(RowsConfig):
+class ScoreDataConfig(MeasuredRowsConfig):
     """Where pairs of answers, or texts with labels, come from."""
 
     max_length: int = Field(default=1024, ge=2)
@@ -40,7 +35,7 @@ class ScoreDataConfig(RowsConfig):
     all."""
 
 
-class ScorePolicyConfig(PolicyConfig):
+class ScorePolicyConfig(SftPolicyConfig):
     """The megatron-core trainer, with the defaults of reward models."""
 
     global_batch_size: PositiveInt | None = None
@@ -51,12 +46,6 @@ class ScorePolicyConfig(PolicyConfig):
     max_tokens_per_micro_batch: PositiveInt | None = None
     """Tokens per forward pass of such a rank, in place of micro_batch_size; null counts pairs or
     rows."""
-    lr: NonNegativeFloat = 1e-5
-    """Peak learning rate of AdamW; 0 trains nothing."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Decay from `lr` to `min_lr` over the optimizer steps after warm-up."""
-    warmup_ratio: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of all optimizer steps in which the learning rate rises linearly from 0."""
 
 
 class RewardModelSection(Section):
@@ -77,12 +66,11 @@ class RewardModelSection(Section):
     adds nothing. With preference only."""
 
 
-class RewardModelConfig(RunConfig):
+class RewardModelConfig(RowsRunConfig):
     """One run that trains a reward model, a classifier, or a regression."""
 
     command: ClassVar[str] = "reward-model"
     row_noun: ClassVar[str] = "row"
-    default_batch_size: ClassVar[str] = "policy.micro_batch_size x data-parallel ranks"
 
     data: ScoreDataConfig
     reward_model: RewardModelSection = RewardModelSection()
@@ -120,33 +108,6 @@ class RewardModelConfig(RunConfig):
     def rows_together(self) -> int:
         """Both answers of a pair."""
         return 2 if self.has_pairs else 1
-
-    @property
-    def rows_per_step(self) -> int:
-        """Pairs or rows per step; null is one forward pass of each data-parallel rank."""
-        if self.policy.global_batch_size is not None:
-            return self.policy.global_batch_size
-        return self.policy.micro_batch_size * self.data_parallel_size
-
-    @property
-    def global_batch_size(self) -> int:
-        """Texts per optimizer step."""
-        return self.rows_per_step * self.rows_together
-
-    @property
-    def optimizer_steps_per_update(self) -> int:
-        """A step of the run is one of the optimizer."""
-        return 1
-
-    @property
-    def longest_row(self) -> int:
-        """data.max_length."""
-        return self.data.max_length
-
-    @property
-    def longest_row_is(self) -> str:
-        """The field."""
-        return "data.max_length"
 
     @property
     def max_completion_length(self) -> int:

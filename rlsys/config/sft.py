@@ -6,8 +6,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from rlsys.config.rows_run import RowsRunConfig
 from rlsys.config.rules_sft import sft_problems
-from rlsys.config.schema import GrpoConfig, PolicyConfig, RunConfig, Section
+from rlsys.config.schema import GrpoConfig, PolicyConfig, Section
 from rlsys.config.schema.tracking import SftTrackingConfig
 from rlsys.config.sft_data import SftDataConfig
 from rlsys.problems import ProblemsError
@@ -49,12 +50,11 @@ class SftSection(Section):
     sizes, and less random steps. The order depends on `seed` alone."""
 
 
-class SftConfig(RunConfig):
+class SftConfig(RowsRunConfig):
     """One run of supervised training."""
 
     command: ClassVar[str] = "sft"
     row_noun: ClassVar[str] = "sample"
-    default_batch_size: ClassVar[str] = "policy.micro_batch_size x data-parallel ranks"
 
     data: SftDataConfig
     sft: SftSection = SftSection()
@@ -67,38 +67,6 @@ class SftConfig(RunConfig):
         if problems:
             raise ProblemsError("the config", problems)
         return self
-
-    @property
-    def rows_per_step(self) -> int:
-        """Samples per step."""
-        return self.global_batch_size
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples per optimizer step; null is one forward pass of each data-parallel rank."""
-        if self.policy.global_batch_size is not None:
-            return self.policy.global_batch_size
-        return self.policy.micro_batch_size * self.data_parallel_size
-
-    @property
-    def optimizer_steps_per_update(self) -> int:
-        """A step of the run is one of the optimizer."""
-        return 1
-
-    @property
-    def longest_row(self) -> int:
-        """data.max_length."""
-        return self.data.max_length
-
-    @property
-    def longest_row_is(self) -> str:
-        """The field."""
-        return "data.max_length"
-
-    @property
-    def max_completion_length(self) -> int:
-        """data.max_length: all tokens of a row may be trained on."""
-        return self.data.max_length
 
     @property
     def algorithm(self) -> GrpoConfig:

@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from rlsys.config.schema import NonEmptyText, RowsConfig
+from rlsys.config.rows_run import MeasuredRowsConfig
+from rlsys.config.schema import NonEmptyText
 
 
-class SftDataConfig(RowsConfig):
+class SftDataConfig(MeasuredRowsConfig):
     """Where samples come from."""
 
     max_length: int = Field(default=2048, ge=2)
