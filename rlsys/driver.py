@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.health import Health
-    from rlsys.types import RolloutGroup, Sample, TrainBatch, UpdateOutput
+    from rlsys.types import RolloutGroup, Sample, TrainBatch
 
 EVAL_STEPS_AT_ONCE = 8
 """Held-out rows that travel together, in steps: fewer trips to the ranks."""
@@ -105,12 +105,7 @@ def train_sft(
         timer = system.timeline.begin_step(step)
         with timer("data"):
             batch = build_sample_batch(samples.take(config.rows_per_step))
-        with held_back():  # an interruption waits until the step is whole
-            with timer("policy_update"):
-                update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer)
-            with timer("log"):
-                log(tracker, health, step, metrics)
+        _update(system, step, batch, timer, tracker, health)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_sft(system))
@@ -134,14 +129,8 @@ def train_preference(
             with timer("ref_logprobs"):  # what the loss compares the policy with
                 system.compare(rows, batch)
                 batch.kl = system.estimate_kl(rows)
-        with held_back():  # an interruption waits until the step is whole
-            with timer("policy_update"):
-                update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer)
-            if batch.kl is not None:
-                metrics["kl"] = batch.kl.item()
-            with timer("log"):
-                log(tracker, health, step, metrics)
+        kl = None if batch.kl is None else {"kl": batch.kl.item()}
+        _update(system, step, batch, timer, tracker, health, kl)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_preference(system))
@@ -173,12 +162,7 @@ def train_distill(
                 batch = build_sample_batch(rows)
         with timer("teacher"):  # its distributions at the tokens that are trained on
             batch.teacher = system.teacher.describe_tokens(batch)
-        with held_back():  # an interruption waits until the step is whole
-            with timer("policy_update"):
-                update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer) | of_tokens
-            with timer("log"):
-                log(tracker, health, step, metrics)
+        _update(system, step, batch, timer, tracker, health, of_tokens)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_distill(system))
@@ -212,12 +196,7 @@ def train_score(
         timer = system.timeline.begin_step(step)
         with timer("data"):
             batch = build_score_batch(rows.take(config.rows_per_step))
-        with held_back():  # an interruption waits until the step is whole
-            with timer("policy_update"):
-                update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer)
-            with timer("log"):
-                log(tracker, health, step, metrics)
+        _update(system, step, batch, timer, tracker, health)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_score(system))
@@ -243,21 +222,31 @@ def evaluate_score(system: ScoreSystem) -> Metrics:
     return metrics
 
 
-def _finish_step(
-    system: StreamSystem[Any, Any], batch: TrainBatch, update: UpdateOutput, timer: PhaseTimer
-) -> dict[str, float]:
-    """Note that the policy was trained on the batch; the metrics of the step."""
-    seconds, num_tokens = timer.metrics(), batch.lengths.sum().item()
-    system.finish_step(num_tokens)
-    own = {
-        "policy_version": update.policy_version,
-        "epoch": system.samples.epoch,
-        "num_tokens": system.num_tokens,
-        "tokens_per_second": num_tokens / seconds["time/step"],
-        "memory(GiB)": system.policy.peak_memory_gib(),
-    }
-    reported = update.metrics | system.samples.metrics() | system.restarts.metrics()
-    return reported | own | seconds
+def _update(
+    system: StreamSystem[Any, Any],
+    step: int,
+    batch: TrainBatch,
+    timer: PhaseTimer,
+    tracker: Tracker,
+    health: Health,
+    of_batch: dict[str, float] | None = None,
+) -> None:
+    """Train the policy on the batch of a step, and log that beside the metrics `of_batch`."""
+    with held_back():  # an interruption waits until the step is whole
+        with timer("policy_update"):
+            update = system.policy.update(batch)
+        seconds, num_tokens = timer.metrics(), batch.lengths.sum().item()
+        system.finish_step(num_tokens)
+        own = {
+            "policy_version": update.policy_version,
+            "epoch": system.samples.epoch,
+            "num_tokens": system.num_tokens,
+            "tokens_per_second": num_tokens / seconds["time/step"],
+            "memory(GiB)": system.policy.peak_memory_gib(),
+        }
+        reported = update.metrics | system.samples.metrics() | system.restarts.metrics()
+        with timer("log"):
+            log(tracker, health, step, reported | own | seconds | (of_batch or {}))
 
 
 def evaluate_sft(system: SftSystem) -> Metrics:
